@@ -1,0 +1,69 @@
+"""Batch normalization for PyTorch: exact layers, and tools that show what they do to a network."""
+
+import importlib
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+# Public name -> the module that defines it. Nothing is imported before it is used, so that
+# `import batchnorm` costs nothing and the command line answers `--help` without importing torch.
+_HOME = {
+    "BackendError": "_errors",
+    "BatchNorm1d": "nn",
+    "BatchNorm2d": "nn",
+    "BatchNorm3d": "nn",
+    "BatchNormError": "_errors",
+    "Changes": "_walk",
+    "Comparison": "comparison",
+    "DataError": "_errors",
+    "InputError": "_errors",
+    "InputTypeError": "_errors",
+    "LazyBatchNorm1d": "nn",
+    "LazyBatchNorm2d": "nn",
+    "LazyBatchNorm3d": "nn",
+    "MissingDependencyError": "_errors",
+    "ModelError": "_errors",
+    "OutputError": "_errors",
+    "batch_norm": "functional",
+    "compare": "comparison",
+    "explain_backend": "ops",
+    "insert": "surgery",
+    "remove": "surgery",
+}
+
+__all__ = ["__version__", *_HOME]  # noqa: PLE0604 - the dictionary's keys are strings
+
+if TYPE_CHECKING:
+    from batchnorm._errors import BackendError as BackendError
+    from batchnorm._errors import BatchNormError as BatchNormError
+    from batchnorm._errors import DataError as DataError
+    from batchnorm._errors import InputError as InputError
+    from batchnorm._errors import InputTypeError as InputTypeError
+    from batchnorm._errors import MissingDependencyError as MissingDependencyError
+    from batchnorm._errors import ModelError as ModelError
+    from batchnorm._errors import OutputError as OutputError
+    from batchnorm._walk import Changes as Changes
+    from batchnorm.comparison import Comparison as Comparison
+    from batchnorm.comparison import compare as compare
+    from batchnorm.functional import batch_norm as batch_norm
+    from batchnorm.nn import BatchNorm1d as BatchNorm1d
+    from batchnorm.nn import BatchNorm2d as BatchNorm2d
+    from batchnorm.nn import BatchNorm3d as BatchNorm3d
+    from batchnorm.nn import LazyBatchNorm1d as LazyBatchNorm1d
+    from batchnorm.nn import LazyBatchNorm2d as LazyBatchNorm2d
+    from batchnorm.nn import LazyBatchNorm3d as LazyBatchNorm3d
+    from batchnorm.ops import explain_backend as explain_backend
+    from batchnorm.surgery import insert as insert
+    from batchnorm.surgery import remove as remove
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module 'batchnorm' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"batchnorm.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME})

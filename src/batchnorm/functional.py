@@ -1,0 +1,290 @@
+"""`batch_norm`: the argument checks, train and eval, the momentum rule, and the choice of backend and door."""
+
+import torch
+from torch import Tensor
+
+from batchnorm import ops
+from batchnorm._activations import activation_named
+from batchnorm._errors import InputError, InputTypeError, message
+
+__all__ = ["batch_norm", "layer_batch_norm"]
+
+
+def batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float | None = 0.1,
+    eps: float = 1e-5,
+    *,
+    activation: str | None = None,
+    negative_slope: float = 0.01,
+    residual: Tensor | None = None,
+    mask: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    r"""Batch normalization, with an activation, a residual and a mask if you like.
+
+    $$y = \mathrm{act}\left(\frac{x - \mathrm{E}[x]}{\sqrt{\mathrm{Var}[x] + \varepsilon}} \cdot \gamma + \beta +
+    \mathrm{residual}\right)$$
+
+    The positional arguments are those of `torch.nn.functional.batch_norm`. In training the mean and the biased
+    variance are those of the batch, per channel over N and S, and the running statistics move towards the batch's
+    mean and unbiased variance: running ← (1 − momentum)·running + momentum·batch. In eval they are the running ones.
+
+    Args:
+        input: shape (N, C, *S), floating point.
+        running_mean: shape (C,), or None (training only); updated in place in training.
+        running_var: shape (C,), or None together with `running_mean`.
+        weight: γ of shape (C,), or None for 1.
+        bias: β of shape (C,), or None for 0.
+        training: use the batch's statistics.
+        momentum: weight of the new batch in the running statistics.
+        eps: ε, added to the variance; positive in training.
+        activation: None, "relu", "relu6", "leaky_relu", "silu", "hardswish" or "gelu".
+        negative_slope: slope of leaky_relu below 0.
+        residual: same shape as `input`, added before the activation.
+        mask: shape (N, *S), or broadcastable to it: True (or a weight, taken as a frequency) where the input is
+            valid. The output is 0 where it is not, and what stands there (NaN included) reaches nothing.
+        backend: None for the best one, or a name; `explain_backend` lists them.
+
+    Returns:
+        y, with the shape, dtype and memory layout of `input`.
+
+    Raises:
+        InputError: shapes, devices or options that do not fit, or one value per channel in training.
+        InputTypeError: integer or complex input.
+        BackendError: a `backend` asked for by name cannot run the call.
+
+    Source:
+        Ioffe and Szegedy, Batch Normalization, 2015, arXiv:1502.03167.
+
+    Example:
+        >>> import torch, batchnorm
+        >>> x = torch.tensor([[1.0, 10.0], [3.0, 30.0]])
+        >>> batchnorm.batch_norm(x, None, None, training=True, activation="relu").round(decimals=3)
+        tensor([[0., 0.],
+                [1., 1.]])
+    """
+    return layer_batch_norm(
+        input,
+        running_mean,
+        running_var,
+        None,
+        weight,
+        bias,
+        training,
+        momentum,
+        eps,
+        activation,
+        negative_slope,
+        residual,
+        mask,
+        False,
+        backend,
+    )
+
+
+@torch.fx.wrap
+def layer_batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float | None,
+    eps: float,
+    activation: str | None,
+    slope: float,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    skip_nonfinite: bool,
+    backend: str | None,
+    dimensions: tuple[int, ...] | None = None,
+) -> Tensor:
+    """`batch_norm` with what only a layer has: num_batches_tracked, the rule for non-finite statistics, its rank.
+
+    One call, wrapped for torch.fx, so that symbolic tracing sees no control flow and records no update.
+    """
+    _check_input(input, dimensions)
+    activation_named(activation)
+    _check_channels(input, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
+    _check_statistics(input, running_mean, running_var, training, eps, mask)
+    if residual is not None:
+        _check_residual(input, residual)
+    if mask is not None:
+        mask = _expand_mask(input, mask)
+    name = ops.choose(
+        ops.Call(
+            device=input.device.type,
+            dtype=input.dtype,
+            training=training,
+            activation=activation,
+            residual=residual is not None,
+            mask=mask is not None,
+        ),
+        backend,
+    )
+
+    running = None
+    if training and running_mean is not None and running_var is not None:
+        if num_batches_tracked is not None:
+            num_batches_tracked.add_(1)
+        running = ops.Running(running_mean, running_var, num_batches_tracked, momentum, skip_nonfinite)
+    if name == "aten":
+        given = (None, None) if training else (running_mean, running_var)
+        return ops.aten_batch_norm(input, *given, running, weight, bias, residual, mask, eps, activation, slope)
+    if training:
+        return ops.train(input, weight, bias, residual, mask, running, 1, eps, activation, slope, name)
+    assert running_mean is not None and running_var is not None  # noqa: S101 - _check_statistics raised otherwise
+    wide = torch.float32 if input.device.type == "mps" else torch.float64
+    mean, invstd = running_mean.to(wide)[None], (running_var.to(wide)[None] + eps).rsqrt()
+    return ops.normalize(input, weight, bias, residual, mask, mean, invstd, activation, slope, name)
+
+
+def _check_input(input: Tensor, dimensions: tuple[int, ...] | None) -> None:
+    if not isinstance(input, Tensor):
+        raise InputTypeError(message("input", got=type(input).__name__, expected="a torch.Tensor"))
+    if dimensions is not None and input.dim() not in dimensions:
+        # PyTorch's own words first: code and tests match them.
+        wanted = " or ".join(f"{d}D" for d in dimensions)
+        raise InputError(f"expected {wanted} input (got {input.dim()}D input): the shape is {tuple(input.shape)}")
+    if input.dim() < 2:
+        raise InputError(
+            message("input", got=f"shape {tuple(input.shape)}", expected="(N, C) or (N, C, *S)", fix="Add a batch axis.")
+        )
+    if not input.is_floating_point():
+        raise InputTypeError(
+            message(
+                "input",
+                got=str(input.dtype),
+                expected="a real floating-point dtype",
+                fix="Convert it first: input.float(), or normalize the real and imaginary parts apart."
+                if input.is_complex()
+                else "Convert it first: input.float().",
+            )
+        )
+
+
+def _check_channels(input: Tensor, **per_channel: Tensor | None) -> None:
+    channels = input.shape[1]
+    for name, tensor in per_channel.items():
+        if tensor is None:
+            continue
+        if tensor.dim() != 1 or tensor.shape[0] != channels:
+            raise InputError(
+                message(
+                    f"{name} should contain {channels} elements, one a channel of the input {tuple(input.shape)}",
+                    got=f"shape {tuple(tensor.shape)}",
+                    expected=f"({channels},)",
+                    fix=f"Make the layer with num_features={channels}, or put the channels on axis 1.",
+                )
+            )
+        if tensor.device != input.device:
+            raise InputError(
+                message(
+                    f"{name} and input must be on one device",
+                    got=f"{name} on {tensor.device}",
+                    expected=str(input.device),
+                    fix="Move the model and the data to the same device with .to(device).",
+                )
+            )
+
+
+def _check_statistics(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    eps: float,
+    mask: Tensor | None,
+) -> None:
+    if (running_mean is None) != (running_var is None):
+        raise InputError(
+            message(
+                "running_mean and running_var must either both be None or neither be None",
+                got="one of them",
+                expected="both or neither",
+            )
+        )
+    if not training:
+        if running_mean is None:
+            raise InputError(
+                message(
+                    "running_mean must be defined in evaluation mode",
+                    got="None",
+                    expected="running statistics",
+                    fix="Pass them, or training=True to use the batch's.",
+                )
+            )
+        if eps < 0:
+            raise InputError(message("batch_norm eps must be non-negative", got=eps, expected="eps ≥ 0"))
+        return
+    if eps <= 0:
+        raise InputError(message("batch_norm eps must be positive during training", got=eps, expected="eps > 0"))
+    if mask is None and input.shape[0] * input.shape[2:].numel() == 1:
+        raise InputError(
+            f"Expected more than 1 value per channel when training, got input size {input.shape}. "
+            "Use batches of at least 2 (drop_last=True in the DataLoader), or call eval() on the layer."
+        )
+
+
+def _check_residual(input: Tensor, residual: Tensor) -> None:
+    if residual.shape != input.shape:
+        raise InputError(
+            message(
+                "residual", got=f"shape {tuple(residual.shape)}", expected=f"the input's shape {tuple(input.shape)}"
+            )
+        )
+    if residual.device != input.device:
+        raise InputError(message("residual", got=f"device {residual.device}", expected=str(input.device)))
+    if not residual.is_floating_point():
+        raise InputTypeError(message("residual", got=str(residual.dtype), expected="a real floating-point dtype"))
+
+
+def _expand_mask(input: Tensor, mask: Tensor) -> Tensor:
+    """The mask as (N, *S), checked: bool, or weights ≥ 0."""
+    shape = (input.shape[0], *input.shape[2:])
+    if mask.device != input.device:
+        raise InputError(message("mask", got=f"device {mask.device}", expected=str(input.device)))
+    if mask.is_complex():
+        raise InputTypeError(message("mask", got=str(mask.dtype), expected="bool, or real weights"))
+    try:
+        expanded = mask.expand(shape)
+    except RuntimeError:
+        raise InputError(
+            message(
+                "mask",
+                got=f"shape {tuple(mask.shape)}",
+                expected=f"(N, *S) = {shape}, or a shape that broadcasts to it",
+                fix="The mask has no channel axis.",
+            )
+        ) from None
+    if mask.dtype != torch.bool and not mask.is_meta:
+        _check_weights(mask)
+    return expanded
+
+
+def _check_weights(mask: Tensor) -> None:
+    if mask.device.type == "cpu" and not torch.compiler.is_compiling() and _holds_values(mask):
+        lowest = mask.amin().item() if mask.numel() else 0
+        if not lowest >= 0:
+            raise InputError(
+                message("mask", got=f"the weight {lowest}", expected="weights ≥ 0, or bool", fix="Clamp it at 0.")
+            )
+        return
+    torch._assert_async((mask >= 0).all(), "batch_norm: the mask holds a negative weight")
+
+
+def _holds_values(mask: Tensor) -> bool:
+    """Whether Python may look at the values: not under a transform or a tracing mode."""
+    return (
+        type(mask) is Tensor
+        and not torch._C._are_functorch_transforms_active()
+        and torch._C._len_torch_dispatch_stack() == 0
+    )

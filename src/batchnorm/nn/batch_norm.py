@@ -1,0 +1,210 @@
+"""BatchNorm1d, 2d and 3d."""
+
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+
+from batchnorm._activations import activation_named
+from batchnorm._errors import InputError, ModelError, message
+from batchnorm.functional import layer_batch_norm
+
+__all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "Extras", "NonFinite"]
+
+# torch.fx looks the wrapped function up in the module that calls it.
+torch.fx.wrap("layer_batch_norm")
+
+_Base = torch.nn.modules.batchnorm._BatchNorm if TYPE_CHECKING else object
+
+NonFinite = Literal["propagate", "skip"]
+
+
+class Extras(_Base):
+    """What every layer of ours has beyond PyTorch's: an activation, a residual, a mask, a rule for bad batches.
+
+    It stands before PyTorch's class among the bases, so that `isinstance` holds for both.
+    """
+
+    _dimensions: ClassVar[tuple[int, ...]]
+    activation: str | None
+    negative_slope: float
+    nonfinite: NonFinite
+    backend: str | None
+
+    def _set_extras(
+        self, activation: str | None, negative_slope: float, nonfinite: NonFinite, backend: str | None
+    ) -> None:
+        activation_named(activation)
+        if nonfinite not in ("propagate", "skip"):
+            raise InputError(message("nonfinite", got=repr(nonfinite), expected="'propagate' or 'skip'"))
+        self.activation = activation
+        self.negative_slope = negative_slope
+        self.nonfinite = nonfinite
+        self.backend = backend
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # A layer pickled as PyTorch's own class has no extras.
+        defaults = {"activation": None, "negative_slope": 0.01, "nonfinite": "propagate", "backend": None}
+        super().__setstate__({**defaults, **state})
+
+    def forward(self, input: Tensor, residual: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """y = act(batch norm(input) + residual); see the class."""
+        tracked = not self.training or self.track_running_stats
+        running_mean = self.running_mean if tracked else None
+        running_var = self.running_var if tracked else None
+        return layer_batch_norm(
+            input,
+            running_mean,
+            running_var,
+            self.num_batches_tracked if self.training and self.track_running_stats else None,
+            self.weight,
+            self.bias,
+            self.training or (running_mean is None and running_var is None),
+            self.momentum,
+            self.eps,
+            self.activation,
+            self.negative_slope,
+            residual,
+            mask,
+            self.nonfinite == "skip",
+            self.backend,
+            self._dimensions,
+        )
+
+    def extra_repr(self) -> str:
+        text = super().extra_repr()
+        if self.activation is not None:
+            text += f", activation={self.activation}"
+        if self.activation == "leaky_relu":
+            text += f", negative_slope={self.negative_slope}"
+        if self.nonfinite != "propagate":
+            text += f", nonfinite={self.nonfinite}"
+        if self.backend is not None:
+            text += f", backend={self.backend}"
+        return text
+
+    def named_children(self) -> Iterator[tuple[str, Module]]:
+        # torch.nn.SyncBatchNorm.convert_sync_batchnorm builds a new layer from the few attributes that it knows and
+        # would drop the activation without a word. It asks a layer for its children last: the one place to refuse.
+        if self.activation is not None and sys._getframe(1).f_code.co_name == "convert_sync_batchnorm":
+            raise ModelError(
+                f"convert_sync_batchnorm would drop the activation {self.activation!r} of a "
+                f"{type(self).__name__}({self.num_features}): build the layer with activation=None and put the "
+                "activation behind it as a module of its own, then convert."
+            )
+        return super().named_children()
+
+
+class _Sized(Extras):
+    """The constructor of a layer that knows its number of channels."""
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        bias: bool = True,
+        activation: str | None = None,
+        negative_slope: float = 0.01,
+        nonfinite: NonFinite = "propagate",
+        backend: str | None = None,
+    ) -> None:
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
+        if not bias:  # a keyword of PyTorch's own constructor from 2.13 on alone
+            self.register_parameter("bias", None)
+        self._set_extras(activation, negative_slope, nonfinite, backend)
+
+
+class BatchNorm1d(_Sized, torch.nn.BatchNorm1d):
+    r"""Batch normalization of (N, C) or (N, C, L) input, with an activation, a residual and a mask if you like.
+
+    $$y = \mathrm{act}\left(\frac{x - \mathrm{E}[x]}{\sqrt{\mathrm{Var}[x] + \varepsilon}} \cdot \gamma + \beta +
+    \mathrm{residual}\right)$$
+
+    In training, mean and biased variance are the batch's, per channel, and the running statistics move by
+    `momentum` towards the batch's mean and unbiased variance; in eval the running statistics are used. Constructor,
+    defaults, buffers, `state_dict` and errors are those of `torch.nn.BatchNorm1d`.
+
+    Wrong to use where a batch holds only a few values per channel (the statistics are noise), or where the batches
+    of training and of use come from different distributions.
+
+    Args:
+        num_features: C, the channels of the input.
+        eps: ε, added to the variance.
+        momentum: weight of the new batch in the running statistics; None for the plain average over all batches.
+        affine: learn γ (`weight`) and β (`bias`).
+        track_running_stats: keep running statistics; without them eval uses the batch's, too.
+        device: where parameters and buffers live.
+        dtype: of parameters and buffers.
+        bias: learn β; without it β is 0.
+        activation: None, "relu", "relu6", "leaky_relu", "silu", "hardswish" or "gelu".
+        negative_slope: slope of leaky_relu below 0.
+        nonfinite: with "skip", a channel whose batch statistics are NaN or infinite leaves its running statistics
+            alone; "propagate" is PyTorch's behaviour, in which one bad batch poisons them for good.
+        backend: None for the best one, or one that `batchnorm.explain_backend` lists.
+
+    Shape:
+        input and `residual`: (N, C) or (N, C, L). `mask`: (N,) or (N, L), or what broadcasts to it: True, or a
+        weight taken as a frequency, where the input is valid. Output: the input's, and 0 where the mask is.
+
+    Raises:
+        InputError: shapes or options that do not fit, or one value per channel in training.
+        InputTypeError: integer or complex input.
+
+    Source:
+        Ioffe and Szegedy, Batch Normalization, 2015, arXiv:1502.03167.
+
+    Example:
+        >>> import torch, batchnorm
+        >>> layer = batchnorm.BatchNorm1d(3, activation="relu")
+        >>> layer(torch.randn(8, 3, 20), mask=torch.arange(20) < 15)[:, :, 15:].abs().max().item()
+        0.0
+    """
+
+    _dimensions = (2, 3)
+
+
+class BatchNorm2d(_Sized, torch.nn.BatchNorm2d):
+    r"""Batch normalization of (N, C, H, W) input, with an activation, a residual and a mask if you like.
+
+    The formula, the arguments and the errors are those of `BatchNorm1d`; the mean and the variance are over N, H
+    and W. Constructor, defaults, buffers, `state_dict` and errors are those of `torch.nn.BatchNorm2d`.
+
+    Shape:
+        input and `residual`: (N, C, H, W). `mask`: (N, H, W), or what broadcasts to it. Output: the input's.
+
+    Example:
+        >>> import torch, batchnorm
+        >>> layer = batchnorm.BatchNorm2d(3, activation="relu")
+        >>> x = torch.randn(8, 3, 6, 6)
+        >>> layer(x, residual=x).shape
+        torch.Size([8, 3, 6, 6])
+    """
+
+    _dimensions = (4,)
+
+
+class BatchNorm3d(_Sized, torch.nn.BatchNorm3d):
+    r"""Batch normalization of (N, C, D, H, W) input, with an activation, a residual and a mask if you like.
+
+    The formula, the arguments and the errors are those of `BatchNorm1d`; the mean and the variance are over N, D, H
+    and W. Constructor, defaults, buffers, `state_dict` and errors are those of `torch.nn.BatchNorm3d`.
+
+    Shape:
+        input and `residual`: (N, C, D, H, W). `mask`: (N, D, H, W), or what broadcasts to it. Output: the input's.
+
+    Example:
+        >>> import torch, batchnorm
+        >>> batchnorm.BatchNorm3d(2)(torch.randn(4, 2, 3, 3, 3)).shape
+        torch.Size([4, 2, 3, 3, 3])
+    """
+
+    _dimensions = (5,)

@@ -1,0 +1,73 @@
+"""PyTorch's own batch norm, followed by its own addition and activation, under its own autograd.
+
+Every transform of PyTorch knows these operators: autograd to any order, vmap, compile, export, ONNX.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from batchnorm import reference
+from batchnorm._activations import activation_named
+
+__all__ = ["Running", "batch_norm"]
+
+
+class Running(NamedTuple):
+    """The buffers that training updates, and the rule."""
+
+    mean: Tensor
+    var: Tensor
+    num_batches_tracked: Tensor | None
+    momentum: float | None
+    skip_nonfinite: bool
+
+
+def batch_norm(
+    input: Tensor,
+    mean: Tensor | None,
+    var: Tensor | None,
+    running: Running | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    eps: float,
+    activation: str | None,
+    slope: float,
+) -> Tensor:
+    """y = act(batch norm(input) + residual). With `mean` and `var`: eval; without: training.
+
+    A mask works in eval alone, where the statistics do not depend on it.
+    """
+    valid = None if mask is None else (mask > 0).unsqueeze(1)
+    if valid is not None:
+        input = torch.where(valid, input, 0.0)
+    if mean is None:
+        y = _train(input, running, weight, bias, eps)
+    else:
+        y = torch.batch_norm(input, weight, bias, mean, var, False, 0.0, eps, torch.backends.cudnn.enabled)
+    if residual is not None:
+        y = y + residual if residual.dtype == y.dtype else y + residual.to(y.dtype)
+    act = activation_named(activation)
+    if act is not None:
+        y = act.forward(y, slope)
+    return y if valid is None else torch.where(valid, y, 0.0)
+
+
+def _train(input: Tensor, running: Running | None, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    cudnn = torch.backends.cudnn.enabled
+    if running is None:
+        return torch.batch_norm(input, weight, bias, None, None, True, 0.0, eps, cudnn)
+    if running.momentum is not None and not running.skip_nonfinite:
+        return torch.batch_norm(input, weight, bias, running.mean, running.var, True, running.momentum, eps, cudnn)
+    # A momentum of 1 writes this batch's own mean and unbiased variance into buffers that start at 0, and the
+    # running statistics are then updated by our rule, without asking the device for num_batches_tracked.
+    mean, var = torch.zeros_like(running.mean), torch.zeros_like(running.var)
+    y = torch.batch_norm(input, weight, bias, mean, var, True, 1.0, eps, cudnn)
+    n = input.numel() // max(1, input.shape[1])
+    count = torch.full((1, 1), float(n), dtype=torch.float64, device=input.device)
+    biased = var.double() * ((n - 1) / n) if n else var.double()
+    reference.update_running_(*running[:3], mean.double()[None], biased[None], count, *running[3:])
+    return y

@@ -1,0 +1,251 @@
+"""The traced door: the registered operators of the namespace `batchnorm`.
+
+torch.compile, torch.export and dispatch modes see these operators whole. They are functional and of fixed arity;
+the update of the running statistics is an operator of its own, because PyTorch refuses autograd for one that
+mutates. An absent tensor is returned as an empty one.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from batchnorm._activations import activation_named
+from batchnorm.ops import formula
+from batchnorm.ops.aten import Running
+from batchnorm.ops.backends import kernels_of
+from batchnorm.ops.eager import constant_statistics_gradients, keep, like
+
+__all__ = ["normalize", "train"]
+
+_ARGUMENTS = "Tensor? weight, Tensor? bias"
+_GIVEN = f"Tensor mean, Tensor invstd, {_ARGUMENTS}"
+_RULE = "str? activation, float slope, str backend"
+_SCHEMAS = {
+    "forward": f"(Tensor input, {_ARGUMENTS}, Tensor? residual, Tensor? mask, int groups, float eps, {_RULE})"
+    " -> (Tensor output, Tensor mean, Tensor var, Tensor count, Tensor saved)",
+    "backward": f"(Tensor grad_output, Tensor input, Tensor mean, Tensor var, Tensor count, {_ARGUMENTS},"
+    f" Tensor kept, bool residual, Tensor? mask, float eps, {_RULE})"
+    " -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias, Tensor grad_residual)",
+    "moments": "(Tensor input, Tensor? mask, int groups, str backend) -> (Tensor mean, Tensor m2, Tensor count)",
+    "normalize": f"(Tensor input, {_GIVEN}, Tensor? residual, Tensor? mask, {_RULE}) -> (Tensor output, Tensor saved)",
+    "grad_sums": f"(Tensor grad_output, Tensor input, {_GIVEN}, Tensor kept, bool residual, Tensor? mask, {_RULE})"
+    " -> (Tensor sum_grad, Tensor sum_grad_xhat)",
+    "grad_input": f"(Tensor grad_output, Tensor input, {_GIVEN}, Tensor kept, bool residual, Tensor? mask,"
+    f" Tensor sum_grad, Tensor sum_grad_xhat, Tensor count, {_RULE}) -> (Tensor grad_input, Tensor grad_residual)",
+    "update_running_": "(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor? num_batches_tracked, Tensor mean,"
+    " Tensor var, Tensor count, float? momentum, bool skip_nonfinite, str backend) -> ()",
+}
+# The outputs of each operator that take the memory layout of the input.
+_LAID_OUT = {"forward": (0,), "backward": (0, 3), "normalize": (0,), "grad_input": (0, 1)}
+
+
+def _define(name: str) -> None:
+    torch.library.define(f"batchnorm::{name}", _SCHEMAS[name])
+    laid_out = _LAID_OUT.get(name, ())
+    input_at = 1 if "grad_output" in _SCHEMAS[name] else 0
+
+    def call(*args: Any) -> Any:
+        *arguments, backend = args
+        results = getattr(kernels_of(backend), name)(*arguments)
+        if not laid_out:
+            return results
+        input = args[input_at]
+        return tuple(
+            like(result, input) if at in laid_out and result.shape == input.shape else result
+            for at, result in enumerate(results)
+        )
+
+    torch.library.impl(f"batchnorm::{name}", "default")(call)
+
+
+for _name in _SCHEMAS:
+    _define(_name)
+
+
+def _wide(input: Tensor, *shape: int) -> Tensor:
+    return input.new_empty(shape, dtype=torch.float32 if input.device.type == "mps" else torch.float64)
+
+
+def _saved(input: Tensor, residual: Tensor | None, activation: str | None) -> Tensor:
+    act = activation_named(activation)
+    bits = residual is not None and act is not None and act.on is not None
+    return input.new_empty((input.numel() + 7) // 8 if bits else 0, dtype=torch.uint8)
+
+
+def _gradient_like(parameter: Tensor | None, input: Tensor) -> Tensor:
+    return _wide(input, 0) if parameter is None else torch.empty_like(parameter)
+
+
+@torch.library.register_fake("batchnorm::forward")
+def _(input, weight, bias, residual, mask, groups, eps, activation, slope, backend):  # type: ignore[no-untyped-def]
+    channels = input.shape[1]
+    statistics = _wide(input, groups, channels), _wide(input, groups, channels), _wide(input, groups, 1)
+    return torch.empty_like(input), *statistics, _saved(input, residual, activation)
+
+
+@torch.library.register_fake("batchnorm::backward")
+def _(dy, input, mean, var, count, weight, bias, kept, residual, mask, eps, activation, slope, backend):  # type: ignore[no-untyped-def]
+    grad_residual = torch.empty_like(input) if residual else input.new_empty(0)
+    return torch.empty_like(input), _gradient_like(weight, input), _gradient_like(bias, input), grad_residual
+
+
+@torch.library.register_fake("batchnorm::moments")
+def _(input, mask, groups, backend):  # type: ignore[no-untyped-def]
+    channels = input.shape[1]
+    return _wide(input, groups, channels), _wide(input, groups, channels), _wide(input, groups, 1)
+
+
+@torch.library.register_fake("batchnorm::normalize")
+def _(input, mean, invstd, weight, bias, residual, mask, activation, slope, backend):  # type: ignore[no-untyped-def]
+    return torch.empty_like(input), _saved(input, residual, activation)
+
+
+@torch.library.register_fake("batchnorm::grad_sums")
+def _(dy, input, mean, invstd, weight, bias, kept, residual, mask, activation, slope, backend):  # type: ignore[no-untyped-def]
+    return torch.empty_like(mean), torch.empty_like(mean)
+
+
+@torch.library.register_fake("batchnorm::grad_input")
+def _(  # type: ignore[no-untyped-def]
+    dy, input, mean, invstd, weight, bias, kept, residual, mask, s, t, count, activation, slope, backend
+):
+    return torch.empty_like(input), torch.empty_like(input) if residual else input.new_empty(0)
+
+
+@torch.library.register_fake("batchnorm::update_running_")
+def _(running_mean, running_var, tracked, mean, var, count, momentum, skip_nonfinite, backend):  # type: ignore[no-untyped-def]
+    return None
+
+
+def _forward_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    input, weight, bias, residual, mask, groups, eps, activation, slope, backend = inputs
+    _, mean, var, count, saved = output
+    ctx.save_for_backward(input, weight, bias, mask, mean, var, count, keep(activation, residual, saved))
+    ctx.rule, ctx.backend, ctx.groups = (eps, activation, slope), backend, groups
+    ctx.residual_dtype = None if residual is None else residual.dtype
+
+
+def _forward_backward(ctx: Any, grad_output: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    input, weight, bias, mask, mean, var, count, kept = ctx.saved_tensors
+    residual = ctx.residual_dtype is not None
+    if torch.is_grad_enabled():
+        kernels = kernels_of(ctx.backend)
+        dx, dweight, dbias, dresidual = formula.gradients(
+            kernels, grad_output, input, weight, bias, kept, residual, mask, None, ctx.groups, *ctx.rule
+        )
+    else:
+        dx, dweight, dbias, dresidual = torch.ops.batchnorm.backward(
+            grad_output, input, mean, var, count, weight, bias, kept, residual, mask, *ctx.rule, ctx.backend
+        )
+    return (*_present(dx, dweight, dbias, dresidual, weight, bias, ctx.residual_dtype), *(None,) * 6)
+
+
+def _normalize_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    input, mean, invstd, weight, bias, residual, mask, activation, slope, backend = inputs
+    ctx.save_for_backward(input, weight, bias, mask, mean, invstd, keep(activation, residual, output[1]))
+    ctx.rule, ctx.backend = (activation, slope), backend
+    ctx.residual_dtype = None if residual is None else residual.dtype
+
+
+class _Registered:
+    """The primitives as registered operators, with the backend bound: what traced backward passes call."""
+
+    def __init__(self, backend: str) -> None:
+        self.backend = backend
+
+    def grad_sums(self, *args: Any) -> Any:
+        return torch.ops.batchnorm.grad_sums(*args, self.backend)
+
+    def grad_input(self, *args: Any) -> Any:
+        return torch.ops.batchnorm.grad_input(*args, self.backend)
+
+
+def _normalize_backward(ctx: Any, grad_output: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    input, weight, bias, mask, mean, invstd, kept = ctx.saved_tensors
+    residual = ctx.residual_dtype is not None
+    if torch.is_grad_enabled():
+        kernels = kernels_of(ctx.backend)
+        given = (mean, invstd)
+        grads = formula.gradients(
+            kernels, grad_output, input, weight, bias, kept, residual, mask, given, mean.shape[0], 0.0, *ctx.rule
+        )
+    else:
+        grads = constant_statistics_gradients(
+            _Registered(ctx.backend), grad_output, input, mean, invstd, weight, bias, kept, residual, mask, *ctx.rule
+        )
+    dx, dweight, dbias, dresidual = _present(*grads, weight, bias, ctx.residual_dtype)
+    return dx, None, None, dweight, dbias, dresidual, *(None,) * 4
+
+
+def _present(
+    dx: Tensor | None,
+    dweight: Tensor | None,
+    dbias: Tensor | None,
+    dresidual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual_dtype: torch.dtype | None,
+) -> formula.Gradients:
+    """The gradients of what there is: operators return an empty tensor for what there is not."""
+    present = residual_dtype is not None and dresidual is not None
+    return (
+        dx,
+        None if weight is None else dweight,
+        None if bias is None else dbias,
+        dresidual.to(residual_dtype) if present and dresidual is not None else None,
+    )
+
+
+torch.library.register_autograd("batchnorm::forward", _forward_backward, setup_context=_forward_context)
+torch.library.register_autograd("batchnorm::normalize", _normalize_backward, setup_context=_normalize_context)
+
+
+def train(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    running: Running | None,
+    groups: int,
+    eps: float,
+    activation: str | None,
+    slope: float,
+    backend: str,
+) -> Tensor:
+    """What `eager.Train` does, in registered operators."""
+    output, mean, var, count, _ = torch.ops.batchnorm.forward(
+        input, weight, bias, residual, mask, groups, eps, activation, slope, backend
+    )
+    if running is not None:
+        torch.ops.batchnorm.update_running_(
+            running.mean,
+            running.var,
+            running.num_batches_tracked,
+            mean,
+            var,
+            count,
+            running.momentum,
+            running.skip_nonfinite,
+            backend,
+        )
+    return output  # type: ignore[no-any-return]
+
+
+def normalize(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    mean: Tensor,
+    invstd: Tensor,
+    activation: str | None,
+    slope: float,
+    backend: str,
+) -> Tensor:
+    """What `eager.Normalize` does, in registered operators."""
+    return torch.ops.batchnorm.normalize(  # type: ignore[no-any-return]
+        input, mean, invstd, weight, bias, residual, mask, activation, slope, backend
+    )[0]
