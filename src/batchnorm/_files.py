@@ -42,7 +42,12 @@ def check_writable(path: str | os.PathLike[str]) -> Path:
         )
     if not os.access(folder, os.W_OK) or (target.exists() and not os.access(target, os.W_OK)):
         raise OutputError(
-            message("output path", got=f"{target} (no permission)", expected="a writable file", fix="Choose another.")
+            message(
+                "output path",
+                got=f"{target} (no permission)",
+                expected="a writable file",
+                fix="Choose another.",
+            )
         )
     return target
 
@@ -65,7 +70,9 @@ def write_whole(path: str | os.PathLike[str], content: str | bytes) -> Path:
                 os.unlink(name)
             raise
     except OSError as error:
-        raise OutputError(f"cannot write {target}: {error.strerror or error}. Choose another path.") from error
+        raise OutputError(
+            f"cannot write {target}: {error.strerror or error}. Choose another path."
+        ) from error
     return target
 
 

@@ -102,13 +102,20 @@ def prepared(model: object, *, operation: str, inplace: bool) -> nn.Module:
     """The module to work on: the model itself, or a deep copy of it. Refuses what cannot be changed safely."""
     if not isinstance(model, nn.Module):
         raise InputTypeError(
-            message(f"{operation}: model", got=type(model).__name__, expected="a torch.nn.Module", fix="Pass one.")
+            message(
+                f"{operation}: model", got=type(model).__name__, expected="a torch.nn.Module", fix="Pass one."
+            )
         )
     for spot in walk(model):
         where = f"{operation}: {spot.name or 'model'}"
         if isinstance(spot.module, torch.jit.ScriptModule):
             raise ModelError(
-                message(where, got="a scripted module", expected="Python code", fix="Change it before scripting it.")
+                message(
+                    where,
+                    got="a scripted module",
+                    expected="Python code",
+                    fix="Change it before scripting it.",
+                )
             )
         if type(spot.module).__module__.startswith(("torch.distributed", "torch.nn.parallel.distributed")):
             raise ModelError(
@@ -260,8 +267,9 @@ class Changes:
         if suffix == ".json":
             return write_whole(path, self.to_json() + "\n")
         if suffix in {".html", ".htm"}:
-            head = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(self._headline())}</title>'
-            return write_whole(path, f"{head}\n{self._repr_html_()}\n</html>\n")
+            title = f"<title>{html.escape(self._headline())}</title>"
+            head = f'<!doctype html>\n<html lang="en">\n<head><meta charset="utf-8">{title}</head>'
+            return write_whole(path, f"{head}\n<body>\n{self._repr_html_()}\n</body>\n</html>\n")
         return write_whole(path, f"{self}\n")
 
     def _headline(self) -> str:

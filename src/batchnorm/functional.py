@@ -113,10 +113,11 @@ def layer_batch_norm(
     """
     _check_input(input, dimensions)
     activation_named(activation)
-    _check_channels(input, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
     _check_statistics(input, running_mean, running_var, training, eps, mask)
-    if residual is not None:
-        _check_residual(input, residual)
+    if not ops.is_jit_tracing():  # there a size is a tensor, and a check on it is a warning
+        _check_channels(input, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
+        if residual is not None:
+            _check_residual(input, residual)
     if mask is not None:
         mask = _expand_mask(input, mask)
     name = ops.choose(
@@ -138,10 +139,11 @@ def layer_batch_norm(
         running = ops.Running(running_mean, running_var, num_batches_tracked, momentum, skip_nonfinite)
     if name == "aten":
         given = (None, None) if training else (running_mean, running_var)
-        return ops.aten_batch_norm(input, *given, running, weight, bias, residual, mask, eps, activation, slope)
-    if training:
+        return ops.aten_batch_norm(
+            input, *given, running, weight, bias, residual, mask, eps, activation, slope
+        )
+    if training or running_mean is None or running_var is None:
         return ops.train(input, weight, bias, residual, mask, running, 1, eps, activation, slope, name)
-    assert running_mean is not None and running_var is not None  # noqa: S101 - _check_statistics raised otherwise
     wide = torch.float32 if input.device.type == "mps" else torch.float64
     mean, invstd = running_mean.to(wide)[None], (running_var.to(wide)[None] + eps).rsqrt()
     return ops.normalize(input, weight, bias, residual, mask, mean, invstd, activation, slope, name)
@@ -153,10 +155,17 @@ def _check_input(input: Tensor, dimensions: tuple[int, ...] | None) -> None:
     if dimensions is not None and input.dim() not in dimensions:
         # PyTorch's own words first: code and tests match them.
         wanted = " or ".join(f"{d}D" for d in dimensions)
-        raise InputError(f"expected {wanted} input (got {input.dim()}D input): the shape is {tuple(input.shape)}")
+        raise InputError(
+            f"expected {wanted} input (got {input.dim()}D input): the shape is {tuple(input.shape)}"
+        )
     if input.dim() < 2:
         raise InputError(
-            message("input", got=f"shape {tuple(input.shape)}", expected="(N, C) or (N, C, *S)", fix="Add a batch axis.")
+            message(
+                "input",
+                got=f"shape {tuple(input.shape)}",
+                expected="(N, C) or (N, C, *S)",
+                fix="Add a batch axis.",
+            )
         )
     if not input.is_floating_point():
         raise InputTypeError(
@@ -226,8 +235,10 @@ def _check_statistics(
             raise InputError(message("batch_norm eps must be non-negative", got=eps, expected="eps ≥ 0"))
         return
     if eps <= 0:
-        raise InputError(message("batch_norm eps must be positive during training", got=eps, expected="eps > 0"))
-    if mask is None and input.shape[0] * input.shape[2:].numel() == 1:
+        raise InputError(
+            message("batch_norm eps must be positive during training", got=eps, expected="eps > 0")
+        )
+    if mask is None and not ops.is_jit_tracing() and input.shape[0] * input.shape[2:].numel() == 1:
         raise InputError(
             f"Expected more than 1 value per channel when training, got input size {input.shape}. "
             "Use batches of at least 2 (drop_last=True in the DataLoader), or call eval() on the layer."
@@ -238,13 +249,17 @@ def _check_residual(input: Tensor, residual: Tensor) -> None:
     if residual.shape != input.shape:
         raise InputError(
             message(
-                "residual", got=f"shape {tuple(residual.shape)}", expected=f"the input's shape {tuple(input.shape)}"
+                "residual",
+                got=f"shape {tuple(residual.shape)}",
+                expected=f"the input's shape {tuple(input.shape)}",
             )
         )
     if residual.device != input.device:
         raise InputError(message("residual", got=f"device {residual.device}", expected=str(input.device)))
     if not residual.is_floating_point():
-        raise InputTypeError(message("residual", got=str(residual.dtype), expected="a real floating-point dtype"))
+        raise InputTypeError(
+            message("residual", got=str(residual.dtype), expected="a real floating-point dtype")
+        )
 
 
 def _expand_mask(input: Tensor, mask: Tensor) -> Tensor:
@@ -275,7 +290,9 @@ def _check_weights(mask: Tensor) -> None:
         lowest = mask.amin().item() if mask.numel() else 0
         if not lowest >= 0:
             raise InputError(
-                message("mask", got=f"the weight {lowest}", expected="weights ≥ 0, or bool", fix="Clamp it at 0.")
+                message(
+                    "mask", got=f"the weight {lowest}", expected="weights ≥ 0, or bool", fix="Clamp it at 0."
+                )
             )
         return
     torch._assert_async((mask >= 0).all(), "batch_norm: the mask holds a negative weight")

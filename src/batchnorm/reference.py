@@ -14,7 +14,17 @@ from torch import Tensor
 
 from batchnorm._activations import activation_named
 
-__all__ = ["backward", "forward", "grad_input", "grad_sums", "moments", "normalize", "parameter_grad", "unpack", "update_running_"]
+__all__ = [
+    "backward",
+    "forward",
+    "grad_input",
+    "grad_sums",
+    "moments",
+    "normalize",
+    "parameter_grad",
+    "unpack",
+    "update_running_",
+]
 
 Sums = tuple[Tensor, Tensor]
 
@@ -74,7 +84,8 @@ def _per_one(sums: Tensor, count: Tensor) -> Tensor:
 
 def _center(x: Tensor, mean: Tensor, w: Tensor | None, count: Tensor, exact: bool) -> Sums:
     """x − mean, and the mean. What rounding has left of the mean is taken off once more where x is as wide as mean:
-    at an offset of 10⁷ σ the rounding of a float64 mean alone is 1e-9 σ."""
+    at an offset of 10⁷ σ the rounding of a float64 mean alone is 1e-9 σ.
+    """
     deviation = _valid(x - mean, w)
     if exact:
         rest = _per_one(total(_times(deviation, w)), count)

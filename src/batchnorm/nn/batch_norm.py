@@ -17,7 +17,10 @@ __all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "Extras", "NonFinite"]
 # torch.fx looks the wrapped function up in the module that calls it.
 torch.fx.wrap("layer_batch_norm")
 
-_Base = torch.nn.modules.batchnorm._BatchNorm if TYPE_CHECKING else object
+if TYPE_CHECKING:
+    from torch.nn.modules.batchnorm import _BatchNorm as _Base
+else:
+    _Base = object
 
 NonFinite = Literal["propagate", "skip"]
 
@@ -48,7 +51,7 @@ class Extras(_Base):
     def __setstate__(self, state: dict[str, Any]) -> None:
         # A layer pickled as PyTorch's own class has no extras.
         defaults = {"activation": None, "negative_slope": 0.01, "nonfinite": "propagate", "backend": None}
-        super().__setstate__({**defaults, **state})
+        super().__setstate__({**defaults, **state})  # type: ignore[no-untyped-call]
 
     def forward(self, input: Tensor, residual: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """y = act(batch norm(input) + residual); see the class."""
@@ -75,7 +78,8 @@ class Extras(_Base):
         )
 
     def extra_repr(self) -> str:
-        text = super().extra_repr()
+        """PyTorch's text, and every extra that is not at its default."""
+        text: str = super().extra_repr()  # type: ignore[no-untyped-call]
         if self.activation is not None:
             text += f", activation={self.activation}"
         if self.activation == "leaky_relu":
@@ -87,6 +91,7 @@ class Extras(_Base):
         return text
 
     def named_children(self) -> Iterator[tuple[str, Module]]:
+        """The layer's children; refuses torch.nn.SyncBatchNorm.convert_sync_batchnorm if there is an activation."""
         # torch.nn.SyncBatchNorm.convert_sync_batchnorm builds a new layer from the few attributes that it knows and
         # would drop the activation without a word. It asks a layer for its children last: the one place to refuse.
         if self.activation is not None and sys._getframe(1).f_code.co_name == "convert_sync_batchnorm":
@@ -95,7 +100,8 @@ class Extras(_Base):
                 f"{type(self).__name__}({self.num_features}): build the layer with activation=None and put the "
                 "activation behind it as a module of its own, then convert."
             )
-        return super().named_children()
+        children: Iterator[tuple[str, Module]] = super().named_children()
+        return children
 
 
 class _Sized(Extras):

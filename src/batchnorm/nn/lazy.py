@@ -41,7 +41,8 @@ class _Lazy(Extras):
                     )
                 )
             keywords["bias"] = False
-        super().__init__(eps, momentum, affine, track_running_stats, device, dtype, **keywords)
+        arguments: Any = (eps, momentum, affine, track_running_stats, device, dtype)
+        super().__init__(*arguments, **keywords)
         self._set_extras(activation, negative_slope, nonfinite, backend)
 
 

@@ -8,6 +8,7 @@ formula itself, in PyTorch's own operators.
 import torch
 from torch import Tensor
 
+from batchnorm import reference
 from batchnorm.ops import aten, eager, formula, traced
 from batchnorm.ops.aten import Running
 from batchnorm.ops.backends import BackendChoice, Call, Candidate, choose, explain_backend
@@ -20,6 +21,7 @@ __all__ = [
     "aten_batch_norm",
     "choose",
     "explain_backend",
+    "is_jit_tracing",
     "normalize",
     "train",
 ]
@@ -27,12 +29,16 @@ __all__ = [
 aten_batch_norm = aten.batch_norm
 
 
+def is_jit_tracing() -> bool:
+    """Whether torch.jit.trace (and with it the older ONNX exporter) is recording."""
+    return torch._C._get_tracing_state() is not None
+
+
 def _is_traced(input: Tensor) -> bool:
     return (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
+        torch._C._len_torch_dispatch_stack() > 0
         or type(input) not in (Tensor, torch.nn.Parameter)
-        or torch.jit.is_tracing()
+        or is_jit_tracing()
     )
 
 
@@ -54,15 +60,15 @@ def train(
     if torch.compiler.is_compiling():
         return traced.train(*arguments)
     if torch._C._are_functorch_transforms_active():
-        output, *statistics = formula.evaluate(
+        output, mean, var, count = formula.evaluate(
             input, weight, bias, residual, mask, None, groups, eps, activation, slope
         )
         if running is not None:
-            torch.ops.batchnorm.update_running_(*running[:3], *statistics, *running[3:], backend)
+            reference.update_running_(*running[:3], mean, var, count, *running[3:])
         return output
     if _is_traced(input):
         return traced.train(*arguments)
-    return eager.Train.apply(*arguments)  # type: ignore[no-any-return]
+    return eager.Train.apply(*arguments)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def normalize(
@@ -83,7 +89,9 @@ def normalize(
         return traced.normalize(*arguments)
     if torch._C._are_functorch_transforms_active():
         given = (mean, invstd)
-        return formula.evaluate(input, weight, bias, residual, mask, given, mean.shape[0], 0.0, activation, slope)[0]
+        return formula.evaluate(
+            input, weight, bias, residual, mask, given, mean.shape[0], 0.0, activation, slope
+        )[0]
     if _is_traced(input):
         return traced.normalize(*arguments)
-    return eager.Normalize.apply(*arguments)  # type: ignore[no-any-return]
+    return eager.Normalize.apply(*arguments)  # type: ignore[no-any-return, no-untyped-call]

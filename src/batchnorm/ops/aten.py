@@ -56,12 +56,16 @@ def batch_norm(
     return y if valid is None else torch.where(valid, y, 0.0)
 
 
-def _train(input: Tensor, running: Running | None, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+def _train(
+    input: Tensor, running: Running | None, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:
     cudnn = torch.backends.cudnn.enabled
     if running is None:
         return torch.batch_norm(input, weight, bias, None, None, True, 0.0, eps, cudnn)
     if running.momentum is not None and not running.skip_nonfinite:
-        return torch.batch_norm(input, weight, bias, running.mean, running.var, True, running.momentum, eps, cudnn)
+        return torch.batch_norm(
+            input, weight, bias, running.mean, running.var, True, running.momentum, eps, cudnn
+        )
     # A momentum of 1 writes this batch's own mean and unbiased variance into buffers that start at 0, and the
     # running statistics are then updated by our rule, without asking the device for num_batches_tracked.
     mean, var = torch.zeros_like(running.mean), torch.zeros_like(running.var)

@@ -11,7 +11,16 @@ from batchnorm import reference
 from batchnorm._activations import activation_named
 from batchnorm._errors import BackendError, InputError, message
 
-__all__ = ["BACKENDS", "Backend", "BackendChoice", "Call", "Candidate", "choose", "explain_backend", "kernels_of"]
+__all__ = [
+    "BACKENDS",
+    "Backend",
+    "BackendChoice",
+    "Call",
+    "Candidate",
+    "choose",
+    "explain_backend",
+    "kernels_of",
+]
 
 
 @dataclass(frozen=True)
@@ -179,6 +188,7 @@ def explain_backend(
     return BackendChoice(
         chosen=choose(call, None),
         candidates=tuple(
-            Candidate(backend.name, backend.refuses(call), backend.error(call)) for backend in BACKENDS.values()
+            Candidate(backend.name, backend.refuses(call), backend.error(call))
+            for backend in BACKENDS.values()
         ),
     )

@@ -20,7 +20,10 @@ __all__ = ["Normalize", "Train", "keep", "like"]
 
 def like(tensor: Tensor, model: Tensor) -> Tensor:
     """`tensor` in the memory layout that torch.empty_like(model) has."""
-    if tensor.stride() == model.stride() or tensor.stride() == torch.empty_like(model, device="meta").stride():
+    if (
+        tensor.stride() == model.stride()
+        or tensor.stride() == torch.empty_like(model, device="meta").stride()
+    ):
         return tensor
     return torch.empty_like(model, dtype=tensor.dtype).copy_(tensor)
 
@@ -77,7 +80,17 @@ class Train(torch.autograd.Function):
         grads: formula.Gradients
         if torch.is_grad_enabled():
             grads = formula.gradients(
-                ctx.kernels, grad_output, input, weight, bias, kept, residual, mask, None, ctx.groups, *ctx.rule
+                ctx.kernels,
+                grad_output,
+                input,
+                weight,
+                bias,
+                kept,
+                residual,
+                mask,
+                None,
+                ctx.groups,
+                *ctx.rule,
             )
         else:
             dx, dweight, dbias, dresidual = ctx.kernels.backward(
@@ -105,7 +118,9 @@ class Normalize(torch.autograd.Function):
         backend: str,
     ) -> Tensor:
         kernels = kernels_of(backend)
-        output, saved = kernels.normalize(input, mean, invstd, weight, bias, residual, mask, activation, slope)
+        output, saved = kernels.normalize(
+            input, mean, invstd, weight, bias, residual, mask, activation, slope
+        )
         ctx.save_for_backward(input, weight, bias, mask, mean, invstd, keep(activation, residual, saved))
         ctx.kernels, ctx.rule = kernels, (activation, slope)
         ctx.residual_dtype = None if residual is None else residual.dtype
@@ -119,7 +134,18 @@ class Normalize(torch.autograd.Function):
         if torch.is_grad_enabled():
             given = (mean, invstd)
             grads = formula.gradients(
-                ctx.kernels, grad_output, input, weight, bias, kept, residual, mask, given, mean.shape[0], 0.0, *ctx.rule
+                ctx.kernels,
+                grad_output,
+                input,
+                weight,
+                bias,
+                kept,
+                residual,
+                mask,
+                given,
+                mean.shape[0],
+                0.0,
+                *ctx.rule,
             )
         else:
             grads = constant_statistics_gradients(
@@ -153,4 +179,3 @@ def constant_statistics_gradients(
     one = mean.new_ones(mean.shape[0], 1)
     dx, dresidual = kernels.grad_input(*common, zero, zero, one, activation, slope)
     return like(dx, input), dweight, dbias, like(dresidual, input) if residual else None
-

@@ -168,11 +168,32 @@ def _normalize_backward(ctx: Any, grad_output: Tensor, *_: Tensor) -> tuple[Tens
         kernels = kernels_of(ctx.backend)
         given = (mean, invstd)
         grads = formula.gradients(
-            kernels, grad_output, input, weight, bias, kept, residual, mask, given, mean.shape[0], 0.0, *ctx.rule
+            kernels,
+            grad_output,
+            input,
+            weight,
+            bias,
+            kept,
+            residual,
+            mask,
+            given,
+            mean.shape[0],
+            0.0,
+            *ctx.rule,
         )
     else:
         grads = constant_statistics_gradients(
-            _Registered(ctx.backend), grad_output, input, mean, invstd, weight, bias, kept, residual, mask, *ctx.rule
+            _Registered(ctx.backend),
+            grad_output,
+            input,
+            mean,
+            invstd,
+            weight,
+            bias,
+            kept,
+            residual,
+            mask,
+            *ctx.rule,
         )
     dx, dweight, dbias, dresidual = _present(*grads, weight, bias, ctx.residual_dtype)
     return dx, None, None, dweight, dbias, dresidual, *(None,) * 4
