@@ -74,11 +74,10 @@ def describe() -> Environment:
     import numpy
     import torch
 
-    import batchnorm
-
     cpu = _cpu_model()
     return Environment(
-        batchnorm=batchnorm.__version__,
+        # Not imported by name: the package's root names every layer above this one.
+        batchnorm=sys.modules[__package__].__version__,
         python=platform.python_version(),
         torch=torch.__version__,
         numpy=numpy.__version__,
@@ -111,7 +110,9 @@ def _device(name: str, cpu: str) -> Device:
     except RuntimeError as error:  # a driver that does not fit, a card that is full or taken
         reason = str(error).strip().partition("\n")[0]
         return Device(name, model="unknown", backend="", why=reason, refused={})
-    why = next(candidate.note for candidate in choice.candidates if candidate.name == choice.chosen)
+    names = [candidate.name for candidate in choice.candidates]
+    chosen = choice.candidates[names.index(choice.chosen)]
+    why = f"the first of {', '.join(names)} that can run the call; {chosen.note}"
     refused = {
         candidate.name: candidate.refused for candidate in choice.candidates if candidate.refused is not None
     }

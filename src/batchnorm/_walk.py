@@ -26,11 +26,12 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.nn.parameter import UninitializedBuffer
 
 from batchnorm._errors import InputTypeError, ModelError, message
 from batchnorm._files import write_whole
 
-__all__ = ["Change", "Changes", "Plan", "Skipped", "Spot", "hooks_of", "line", "prepared", "walk"]
+__all__ = ["Change", "Changes", "Plan", "Skipped", "Spot", "copied", "hooks_of", "line", "prepared", "walk"]
 
 SCHEMA_VERSION = 1
 
@@ -98,6 +99,17 @@ def line(module: nn.Module) -> str:
     return " ".join(repr(module).split())
 
 
+def copied(model: nn.Module, *, share_parameters: bool = False) -> nn.Module:
+    """A deep copy, on request with the parameters of the original."""
+    memo: dict[int, Any] = {id(p): p for p in model.parameters()} if share_parameters else {}
+    for buffer in model.buffers():
+        # PyTorch cannot copy the buffers of a lazy batch norm that has not seen its shape.
+        if isinstance(buffer, UninitializedBuffer):
+            fresh = {"device": buffer.device, "dtype": buffer.dtype}
+            memo[id(buffer)] = UninitializedBuffer(**fresh)  # type: ignore[arg-type]  # torch's stub has neither
+    return copy.deepcopy(model, memo)
+
+
 def prepared(model: object, *, operation: str, inplace: bool) -> nn.Module:
     """The module to work on: the model itself, or a deep copy of it. Refuses what cannot be changed safely."""
     if not isinstance(model, nn.Module):
@@ -129,7 +141,7 @@ def prepared(model: object, *, operation: str, inplace: bool) -> nn.Module:
     if inplace:
         return model
     try:
-        return copy.deepcopy(model)
+        return copied(model)
     except Exception as error:  # a model's own __deepcopy__ may raise anything
         raise ModelError(
             message(
@@ -198,9 +210,9 @@ class Changes:
         >>> changes = batchnorm.remove(nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU()))
         >>> print(changes)
         remove: 1 changed, 0 skipped
-          1: BatchNorm1d(8, eps=1e-05, momentum=0.1, affine=True, track_running_stats=True) -> Identity()
+          1: BatchNorm1d(8, eps=1e-05, ...) -> Identity() (0 has a bias)
         >>> changes.revert()[1]
-        BatchNorm1d(8, eps=1e-05, momentum=0.1, affine=True, track_running_stats=True)
+        BatchNorm1d(8, eps=1e-05, ...)
     """
 
     model: nn.Module = field(repr=False)

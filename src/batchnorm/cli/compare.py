@@ -1,0 +1,146 @@
+"""`batchnorm compare`: train a network with and without batch norm, and write the report."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from batchnorm._errors import InputError, OutputError, message
+from batchnorm._files import check_writable
+from batchnorm.cli._output import INTERRUPTED, STDOUT, check_json_target, guarded, stderr, stdout, write_json
+
+if TYPE_CHECKING:
+    from batchnorm.comparison import Comparison
+
+__all__ = ["command"]
+
+_NETWORK = "deep-mlp"
+
+
+class Optimizer(StrEnum):
+    """The optimizers to choose from."""
+
+    SGD = "sgd"
+    MOMENTUM = "momentum"
+    ADAM = "adam"
+
+
+def command(
+    context: typer.Context,
+    network: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help=f"Built-in network: mlp, deep-mlp or cnn.  [default: {_NETWORK}]"),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(metavar="MODULE:FACTORY", help="Your own: a function that returns a torch.nn.Module."),
+    ] = None,
+    data: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME|MODULE:FACTORY",
+            help="Built-in data (digits or mnist5k), or a function that returns (train_loader, test_loader) "
+            "or four arrays (x_train, y_train, x_test, y_test).",
+        ),
+    ] = "digits",
+    lr: Annotated[
+        list[float] | None,
+        typer.Option(metavar="RATE", help="Learning rate; give it several times for a sweep."),
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Pairs of trainings at each learning rate.")] = 3,
+    steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps of each training.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=2, help="Samples in a batch.")] = None,
+    optimizer: Annotated[Optimizer, typer.Option(help="Optimizer.")] = Optimizer.SGD,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps, ...")] = "auto",
+    out: Annotated[Path, typer.Option(metavar="FILE", help="The report, one HTML file.")] = Path(
+        "batchnorm-report.html"
+    ),
+    json: Annotated[
+        str | None,
+        typer.Option(
+            "--json", metavar="FILE", help="Write JSON to FILE ('-': to stdout, and nothing else there)."
+        ),
+    ] = None,
+) -> None:
+    """Train the same network with and without batch norm and show what it changes.
+
+    Both start from the same weights and see the same batches, at several
+    learning rates and seeds. Ctrl-C writes the report of what is finished.
+    """
+    with guarded(context):
+        _check_targets(out, json)
+        comparison = _run(
+            model=_model(network, model),
+            data=_data(data),
+            lrs=lr or None,
+            seeds=seeds,
+            steps=steps,
+            batch_size=batch_size,
+            optimizer=optimizer.value,
+            device=device,
+        )
+        _present(comparison, out, json)
+        if comparison.interrupted:
+            stderr().print("interrupted: the report shows the trainings that had finished")
+            raise typer.Exit(INTERRUPTED)
+
+
+def _check_targets(out: Path, json: str | None) -> None:
+    """Find out now, not after the trainings, that a result could not be written."""
+    if out.suffix.lower() not in (".html", ".htm"):
+        raise OutputError(
+            message(
+                "--out", got=str(out), expected="a file that ends in .html", fix="JSON goes to --json FILE."
+            )
+        )
+    check_writable(out)
+    check_json_target(json)
+    if json not in (None, STDOUT) and Path(str(json)).resolve() == out.resolve():
+        raise InputError(message("--json", got=f"the same file as --out, {out}", expected="another file"))
+
+    from batchnorm.report import html
+
+    html.check_available()
+
+
+def _model(network: str | None, model: str | None) -> Any:
+    if model is None:
+        return network or _NETWORK
+    if network is not None:
+        raise InputError(
+            message("--network and --model", got="both", expected="one of them", fix="Leave one of them out.")
+        )
+    from batchnorm.cli._factory import load_model
+
+    return load_model(model, "--model")
+
+
+def _data(data: str) -> Any:
+    from batchnorm.cli._factory import is_spec, load_data
+
+    return load_data(data, "--data") if is_spec(data) else data
+
+
+def _run(model: Any, data: Any, **options: Any) -> "Comparison":
+    from batchnorm.cli._progress import display
+    from batchnorm.comparison import compare
+
+    with display(stderr()) as progress:
+        return compare(model, data, progress=progress, **options)
+
+
+def _present(comparison: "Comparison", out: Path, json: str | None) -> None:
+    """Write the files; print the verdicts and where the files lie."""
+    from batchnorm.report import terminal
+
+    comparison.save(out)
+    written = write_json(comparison.to_json(), json)
+    if json == STDOUT:
+        stderr().print(f"report: {out}", soft_wrap=True)
+        return
+    console = stdout()
+    console.print(terminal.render(comparison.document(), brief=True))
+    console.print(f"\nreport: {out}", soft_wrap=True)
+    if written is not None:
+        console.print(f"json: {written}", soft_wrap=True)

@@ -1,0 +1,185 @@
+"""The figures of the report, as plain Plotly specifications with named colours."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from batchnorm.comparison.footing import Footing, Side
+from batchnorm.comparison.summary import Arm, Summary
+from batchnorm.comparison.training import Run
+from batchnorm.comparison.verdicts import percent
+from batchnorm.report.document import Figure
+
+__all__ = ["accuracy_curves", "batch_statistics", "learning_rates", "loss_curves"]
+
+Trace = dict[str, Any]
+
+NAMES = {True: "with batch norm", False: "without"}
+COLOURS = {True: "with", False: "without"}
+DASHES = {True: "solid", False: "dash"}
+
+
+def accuracy_curves(summary: Summary, runs: Sequence[Run]) -> Figure:
+    """Test accuracy against steps, each network at its best rate: mean and range over seeds."""
+    data: list[Trace] = []
+    for arm, normalized in ((summary.normalized, True), (summary.plain, False)):
+        chosen = _chosen(runs, summary, normalized, arm.best_lr)
+        data += _band(chosen, [run.accuracy for run in chosen], normalized, arm.best_lr, fill=summary.chance)
+    goal = sum(summary.plain.best) / len(summary.plain.best)
+    end = max(trace["x"][-1] for trace in data)
+    data.append(
+        {
+            "type": "scatter",
+            "mode": "lines",
+            "x": [0, end],
+            "y": [goal, goal],
+            "name": "best without",
+            "line": {"color": "muted", "dash": "dot", "width": 1},
+            "hoverinfo": "skip",
+        }
+    )
+    final = [percent(sum(arm.final) / len(arm.final)) for arm in (summary.normalized, summary.plain)]
+    return Figure(
+        id="accuracy",
+        title="Test accuracy against training steps",
+        data=data,
+        layout=_layout("training steps", "test accuracy", {"tickformat": ".0%"}),
+        alt=f"Two rising curves. With batch norm the accuracy ends at {final[0]}, without at {final[1]}.",
+        caption=f"Each network at its best learning rate; line: mean of {len(summary.seeds)}, band: lowest to highest.",
+        height=420,
+    )
+
+
+def loss_curves(summary: Summary, runs: Sequence[Run]) -> Figure:
+    """Training loss against steps, each network at its best rate."""
+    data: list[Trace] = []
+    for arm, normalized in ((summary.normalized, True), (summary.plain, False)):
+        chosen = _chosen(runs, summary, normalized, arm.best_lr)
+        data += _band(chosen, [run.loss for run in chosen], normalized, arm.best_lr, fill=None)
+    return Figure(
+        id="loss",
+        title="Training loss against training steps",
+        data=data,
+        layout=_layout("training steps", "training loss (nats)", {"type": "log"}),
+        alt="Training losses of both networks on a logarithmic axis, each at its best learning rate.",
+        caption="Mean over the batches since the point before.",
+    )
+
+
+def learning_rates(summary: Summary) -> Figure:
+    """Final accuracy against learning rate, with and without."""
+    data: list[Trace] = []
+    for arm, normalized in ((summary.normalized, True), (summary.plain, False)):
+        data.append(
+            {
+                "type": "scatter",
+                "mode": "lines+markers",
+                "x": [rate.lr for rate in arm.rates],
+                "y": [rate.final.mean for rate in arm.rates],
+                "name": NAMES[normalized],
+                "line": {"color": COLOURS[normalized], "dash": DASHES[normalized]},
+                "marker": {
+                    "color": COLOURS[normalized],
+                    "symbol": "circle" if normalized else "diamond",
+                    "size": 8,
+                },
+                "customdata": [rate.diverged for rate in arm.rates],
+                "hovertemplate": "rate %{x}: %{y:.1%}, diverged: %{customdata}",
+            }
+        )
+    return Figure(
+        id="rates",
+        title="Final test accuracy against learning rate",
+        data=data,
+        layout=_layout("learning rate", "final test accuracy", {"tickformat": ".0%"}, {"type": "log"}),
+        alt=f"With batch norm: {_listed(summary.normalized)}. Without: {_listed(summary.plain)}.",
+        caption="Mean over seeds. A diverged training counts as guessing.",
+    )
+
+
+def batch_statistics(found: Footing) -> Figure:
+    """Each batch's mean and spread at one layer, before and after normalization."""
+    clouds = [
+        _cloud(found.before, "with: before normalization", "muted", "circle-open"),
+        _cloud(found.after, "with: after normalization", "with", "circle"),
+    ]
+    if found.without is not None:
+        clouds.insert(0, _cloud(found.without, "without batch norm", "without", "diamond-open"))
+    return Figure(
+        id="batches",
+        title="Every batch's mean and spread at one hidden layer",
+        data=clouds,
+        layout=_layout("mean, less the average batch's (σ)", "spread, less the average batch's (σ)"),
+        alt=(
+            f"Before normalization the batches scatter around the average by {found.before.mean:.3f} σ in the mean and "
+            f"{found.before.spread:.3f} σ in the spread, after it by {found.after.mean:.3f} σ and "
+            f"{found.after.spread:.3f} σ."
+        ),
+        caption=(
+            f"At {found.place} of the trained network (learning rate {found.lr:g}, seed {found.seed}); one point a "
+            f"batch and channel, {found.batches} batches, {found.shown} of {found.channels} channels."
+        ),
+    )
+
+
+def _chosen(runs: Sequence[Run], summary: Summary, normalized: bool, lr: float) -> list[Run]:
+    return [
+        run for run in runs if run.normalized == normalized and run.lr == lr and run.seed in summary.seeds
+    ]
+
+
+def _band(
+    runs: list[Run], curves: Sequence[Sequence[float]], normalized: bool, lr: float, fill: float | None
+) -> list[Trace]:
+    """Mean line and lowest-to-highest band; after a divergence the curve goes on at `fill`, or stops."""
+    steps = max((run.steps for run in runs), key=len)
+    columns: list[list[float]] = []
+    for at in range(len(steps)):
+        values = [curve[at] if at < len(curve) else fill for curve in curves]
+        columns.append([value for value in values if value is not None and value == value])
+    kept = [(step, column) for step, column in zip(steps, columns, strict=True) if column]
+    x = [step for step, _ in kept]
+    colour = COLOURS[normalized]
+    edge = {
+        "type": "scatter",
+        "mode": "lines",
+        "x": x,
+        "line": {"width": 0, "color": colour},
+        "hoverinfo": "skip",
+    }
+    low = {**edge, "y": [min(column) for _, column in kept], "showlegend": False}
+    high = {**edge, "y": [max(column) for _, column in kept], "showlegend": False}
+    mean = {
+        "type": "scatter",
+        "mode": "lines",
+        "x": x,
+        "y": [sum(column) / len(column) for _, column in kept],
+        "name": f"{NAMES[normalized]}, rate {lr:g}",
+        "line": {"color": colour, "dash": DASHES[normalized], "width": 2.5},
+    }
+    return [low, {**high, "fill": "tonexty", "fillcolor": f"{colour}-band"}, mean]
+
+
+def _cloud(side: Side, name: str, colour: str, symbol: str) -> Trace:
+    return {
+        "type": "scatter",
+        "mode": "markers",
+        "x": [round(x, 5) for x, _ in side.points],
+        "y": [round(y, 5) for _, y in side.points],
+        "name": name,
+        "marker": {"color": colour, "size": 5, "symbol": symbol},
+    }
+
+
+def _layout(
+    x: str, y: str, yaxis: dict[str, Any] | None = None, xaxis: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    return {
+        "xaxis": {"title": {"text": x}, **(xaxis or {})},
+        "yaxis": {"title": {"text": y}, **(yaxis or {})},
+        "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
+        "hovermode": "closest",
+    }
+
+
+def _listed(arm: Arm) -> str:
+    return ", ".join(f"{percent(rate.final.mean)} at {rate.lr:g}" for rate in arm.rates)

@@ -1,0 +1,144 @@
+"""How a comparison was made and what it cannot say, in plain sentences."""
+
+import math
+from typing import TYPE_CHECKING
+
+from batchnorm.comparison.data import Data, Loaders
+from batchnorm.comparison.footing import Footing
+from batchnorm.comparison.pairs import Pair
+from batchnorm.comparison.summary import Summary
+
+if TYPE_CHECKING:
+    from batchnorm.comparison.result import Setup
+
+__all__ = ["method"]
+
+
+def method(
+    setup: "Setup",
+    summary: Summary,
+    data: Data | Loaders,
+    pair: Pair,
+    dropped: int,
+    footing: Footing | None,
+    same_weights: bool,
+) -> tuple[str, ...]:
+    """The notes of a report: the set-up first, then how numbers were chosen, then warnings."""
+    notes = [_network(setup), _training(setup, data), _selection(setup), _intervals(setup, summary)]
+    if footing is not None:
+        notes.append(_footing(footing))
+    notes += _warnings(setup, summary, data, dropped, same_weights)
+    return (*notes, *pair.notes)
+
+
+def _network(setup: "Setup") -> str:
+    verb = (
+        "inserted before each hidden activation" if setup.how == "insert" else "removed from the given model"
+    )
+    plain, normalized = setup.parameters
+    return (
+        f"Network: {setup.model}, {setup.describe}. Batch norm was {verb} ({setup.layers} layers); a bias stands only "
+        f"where no batch norm follows. {normalized:,} parameters with, {plain:,} without. Every weight that both "
+        "networks have starts with the same value."
+    )
+
+
+def _training(setup: "Setup", data: Data | Loaders) -> str:
+    if isinstance(data, Data):
+        train, test = len(data.x_train), len(data.x_test)
+        source = f"{setup.data}, {train:,} training and {test:,} test samples. {data.scaling}"
+        batches = f"Batches of {setup.batch_size}, shuffled, without the incomplete last one"
+    else:
+        source = f"{setup.data}. The inputs are used as the loaders give them."
+        batches = "The training loader's batches, recorded once a seed"
+    return (
+        f"Data: {source} {batches}: both networks see the same batches in the same order. {setup.steps} steps of "
+        f"{setup.optimizer} at a constant learning rate, cross entropy; "
+        f"evaluated every {setup.every} steps in eval mode, with running statistics."
+    )
+
+
+def _selection(setup: "Setup") -> str:
+    return (
+        f"Learning rates tried: {', '.join(f'{lr:g}' for lr in setup.lrs)}. Best and fastest rates and best accuracies "
+        "are chosen on the test set, by the same rule for both networks: good for comparing the two, too optimistic "
+        f"as an estimate for new data. Steps are counted in units of {setup.every}, from one evaluation to the next."
+    )
+
+
+def _intervals(setup: "Setup", summary: Summary) -> str:
+    if len(summary.seeds) < 2:
+        return "One seed: there are no intervals, and every difference may be chance."
+    return (
+        f"Intervals are Student's, 95 %, over {len(summary.seeds)} seeds (weights and order of batches), of the paired "
+        "difference where two networks are compared, of the logarithm where it is a ratio. They say nothing about "
+        "another choice of test samples. 'No difference seen' means that the interval holds no difference."
+    )
+
+
+def _footing(footing: Footing) -> str:
+    text = (
+        "Batch statistics: the input and output of the middle batch norm of the first seed's best trained network, in "
+        f"train mode over the {footing.batches} batches of one epoch, in units of each channel's σ over all of them. "
+        "That the output has the same mean and spread in every batch is what batch norm computes; the figure shows how "
+        "much there was to remove, after the batch norms below had already done their part."
+    )
+    if footing.without is not None:
+        text += " The network without batch norm is measured at the same place, after its own best training."
+    return text
+
+
+def _warnings(
+    setup: "Setup", summary: Summary, data: Data | Loaders, dropped: int, same_weights: bool
+) -> list[str]:
+    found: list[str] = []
+    plain, normalized = summary.plain, summary.normalized
+    if plain.edge == "only":
+        found.append(
+            "Caution: one learning rate was tried; each network may have a better one. Give a sweep."
+        )
+    elif plain.edge is not None:
+        found.append(
+            f"Caution: the best learning rate without batch norm, {plain.best_lr:g}, is the {plain.edge} "
+            "of the sweep; a better one may lie outside. Widen the sweep before you trust the comparison."
+        )
+    if normalized.edge in ("lowest", "highest"):
+        found.append(
+            f"The best learning rate with batch norm, {normalized.best_lr:g}, is the {normalized.edge} of "
+            "the sweep; a better one may lie outside."
+        )
+    late = [
+        steps for steps in summary.targets[-1].plain_steps if steps is not None and steps > 0.9 * setup.steps
+    ]
+    if late:
+        found.append(
+            f"Caution: the network without batch norm is at its best near the end of the training ({len(late)} of "
+            f"{len(summary.seeds)} seeds in the last tenth), so it may not be done. More steps may narrow the gap."
+        )
+    if not summary.plain.trained_at:
+        found.append(
+            "Caution: the network without batch norm trains at none of the rates. Check its initialization (He's "
+            "before ReLU, Xavier's before sigmoid): with PyTorch's default a deep network may never start."
+        )
+    if dropped:
+        found.append(
+            f"One-sample batches of the training loader ({dropped} a seed) were left out for both networks."
+        )
+    if same_weights:
+        found.append(
+            "Caution: the model starts with the same weights for every seed, so seeds differ in batches only."
+        )
+    return found + _scaling_warning(data)
+
+
+def _scaling_warning(data: Data | Loaders) -> list[str]:
+    """Raw inputs handicap the plain network more than the normalized one; a reader must know."""
+    if not isinstance(data, Data) or not data.x_train.is_floating_point():
+        return []
+    mean, std = float(data.x_train.double().mean()), float(data.x_train.double().std())
+    if std > 0 and abs(mean) <= 2 * std and 0.1 <= std <= 10 and math.isfinite(mean):
+        return []
+    return [
+        f"Caution: the training inputs have mean {mean:.3g} and standard deviation {std:.3g}. Unscaled inputs hurt the "
+        "network without batch norm more; standardize them for a fair fight."
+    ]

@@ -1,0 +1,141 @@
+"""The batches of a training: made or recorded once a seed, then replayed to every network."""
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from batchnorm._errors import DataError, InputError, message
+from batchnorm.comparison.data import Data, Loaders, as_inputs, as_labels, check_classes
+
+__all__ = ["Batch", "Replay", "draw_batches", "record_loader", "record_test", "seeded"]
+
+Batch = tuple[Tensor, Tensor]
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Run a block under seeded global generators (torch, numpy, random), then put the user's states back."""
+    numpy_state, python_state = np.random.get_state(), random.getstate()
+    devices = [device] if device.type == "cuda" else []
+    try:
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(seed)
+            np.random.seed(seed % 2**32)
+            random.seed(seed)
+            yield
+    finally:
+        np.random.set_state(numpy_state)
+        random.setstate(python_state)
+
+
+@dataclass(frozen=True, eq=False)
+class Replay:
+    """The same batches in the same order, as often as they are asked for.
+
+    `rows` index `x` and `y`; without rows, `x` and `y` are the batches themselves. `epoch` is how many batches make
+    one pass over the data; `dropped` counts the one-sample batches that were left out.
+    """
+
+    x: Tensor | list[Tensor]
+    y: Tensor | list[Tensor]
+    device: torch.device
+    epoch: int
+    rows: list[Tensor] | None = None
+    dropped: int = 0
+
+    def __len__(self) -> int:
+        return len(self.x if self.rows is None else self.rows)
+
+    def __iter__(self) -> Iterator[Batch]:
+        if self.rows is not None:
+            for rows in self.rows:
+                yield self.x[rows], self.y[rows]
+        else:
+            for x, y in zip(self.x, self.y, strict=True):
+                yield x.to(self.device), y.to(self.device)
+
+
+def draw_batches(data: Data, batch_size: int, steps: int, seed: int, device: torch.device) -> Replay:
+    """`steps` shuffled batches of exactly `batch_size` samples; what does not fill a batch waits for no one.
+
+    Every epoch is a new permutation and its incomplete rest is dropped, so no batch is smaller than the others.
+    """
+    samples = len(data.x_train)
+    if not 2 <= batch_size <= samples:
+        raise InputError(
+            message(
+                "batch_size",
+                got=batch_size,
+                expected=f"2 to {samples}, the number of training samples",
+                fix="Batch norm needs at least two samples a batch.",
+            )
+        )
+    generator = torch.Generator().manual_seed(seed)
+    per_epoch = samples // batch_size
+    rows: list[Tensor] = []
+    while len(rows) < steps:
+        order = torch.randperm(samples, generator=generator)[: per_epoch * batch_size]
+        rows += [part.to(device) for part in torch.split(order, batch_size)]
+    x, y = data.x_train.to(device), data.y_train.to(device)
+    return Replay(x, y, device, per_epoch, rows[:steps])
+
+
+def record_loader(loaders: Loaders, steps: int, seed: int, device: torch.device) -> Replay:
+    """`steps` batches of the user's training loader, over as many epochs as that takes, kept in memory."""
+    inputs: list[Tensor] = []
+    labels: list[Tensor] = []
+    dropped, epoch = 0, 0
+    with seeded(seed, device):
+        while len(inputs) < steps:
+            before = len(inputs)
+            for item in loaders.train:
+                x, y = _batch(item, "training loader")
+                if len(x) < 2:
+                    dropped += 1
+                    continue
+                inputs.append(x.clone())  # a loader may refill its buffer
+                labels.append(y.clone())
+                if len(inputs) == steps:
+                    break
+            if len(inputs) == before:
+                raise DataError(
+                    message(
+                        "training loader",
+                        got="no batch of two or more samples" if dropped else "no batches",
+                        expected="batches at every pass",
+                        fix="An iterator that is used up once must be wrapped in a DataLoader or a list.",
+                    )
+                )
+            epoch = epoch or len(inputs)
+    check_classes(torch.cat(labels), "labels of the training loader")
+    return Replay(inputs, labels, device, epoch, dropped=dropped)
+
+
+def record_test(data: Data | Loaders, device: torch.device) -> list[Batch]:
+    """The test set in pieces, on the device."""
+    if isinstance(data, Data):
+        pieces = zip(torch.split(data.x_test, 1024), torch.split(data.y_test, 1024), strict=True)
+        return [(x.to(device), y.to(device)) for x, y in pieces]
+    with seeded(0, device):
+        batches = [_batch(item, "test loader") for item in data.test]
+    if sum(len(x) for x, _ in batches) < 2:
+        raise DataError(message("test loader", got="fewer than two samples", expected="at least two samples"))
+    return [(x.to(device), y.to(device)) for x, y in batches if len(x)]
+
+
+def _batch(item: Any, name: str) -> Batch:
+    if not isinstance(item, tuple | list) or len(item) != 2:
+        size = f" of length {len(item)}" if isinstance(item, tuple | list) else ""
+        raise DataError(
+            message(name, got=f"a {type(item).__name__}{size}", expected="(inputs, labels) batches")
+        )
+    x, y = as_inputs(item[0], f"inputs of the {name}"), as_labels(item[1], f"labels of the {name}")
+    if len(x) != len(y):
+        raise DataError(message(name, got=f"{len(x)} inputs and {len(y)} labels", expected="as many of each"))
+    return x, y

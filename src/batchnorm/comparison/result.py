@@ -1,0 +1,163 @@
+"""`Comparison`: the result, and its forms as text, JSON, report and file."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from batchnorm._errors import InputError, message
+from batchnorm._files import write_whole
+from batchnorm.comparison.footing import Footing
+from batchnorm.comparison.story import tell
+from batchnorm.comparison.summary import Summary
+from batchnorm.comparison.training import Run
+from batchnorm.comparison.verdicts import headline, verdicts
+from batchnorm.report.document import Document
+from batchnorm.report.json import to_json
+
+__all__ = ["Comparison", "Setup"]
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What was compared, and how it was trained.
+
+    Args:
+        model: the network's name.
+        data: the data's name.
+        describe: the network in one line.
+        samples: training and test samples; None where the loaders do not say.
+        how: "insert" where batch norm was put into the network, "remove" where it was taken out of it.
+        layers: how many batch norms that were.
+        parameters: of the network without and with batch norm.
+        optimizer: its name.
+        lrs: the sweep, rising.
+        seeds: how many seeds were asked for.
+        steps: training steps of each run.
+        batch_size: samples a batch; None for loaders.
+        every: steps from one evaluation to the next.
+        device: where it ran.
+    """
+
+    model: str
+    data: str
+    describe: str
+    samples: tuple[int, int] | None
+    how: str
+    layers: int
+    parameters: tuple[int, int]
+    optimizer: str
+    lrs: tuple[float, ...]
+    seeds: int
+    steps: int
+    batch_size: int | None
+    every: int
+    device: str
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The same network with and without batch norm: all curves, the summary and what may be said about it.
+
+    Args:
+        setup: what was compared and how.
+        runs: every finished pair of trainings, curves included.
+        summary: the numbers that the verdicts rest on.
+        footing: batch statistics at a hidden layer; None when interrupted before, or when nothing could be measured.
+        notes: method and caveats, in plain sentences.
+        interrupted: the work was stopped; everything here is from the pairs finished by then.
+        facts: versions and machine.
+
+    Example:
+        >>> import torch, batchnorm
+        >>> x = torch.randn(64, 4, generator=torch.Generator().manual_seed(0))
+        >>> data = (x, (x[:, 0] > 0).long(), x, (x[:, 0] > 0).long())
+        >>> result = batchnorm.compare("deep-mlp", data, lrs=[0.1], seeds=1, steps=4, batch_size=16)
+        >>> len(result.runs), result.interrupted
+        (2, False)
+    """
+
+    setup: Setup
+    runs: tuple[Run, ...]
+    summary: Summary
+    footing: Footing | None
+    notes: tuple[str, ...]
+    interrupted: bool = False
+    facts: Mapping[str, str] = field(default_factory=dict, compare=False)
+
+    @property
+    def verdict(self) -> str:
+        """The result in one sentence."""
+        return headline(self.summary, self.setup.model, self.setup.data)
+
+    @property
+    def incomplete(self) -> str:
+        """What an interrupted comparison rests on, in one sentence; empty for a whole one."""
+        if not self.interrupted:
+            return ""
+        total = len(self.setup.lrs) * self.setup.seeds
+        finished = f"{len(self.runs) // 2} of {total} pairs of trainings are finished"
+        seeds = len(self.summary.seeds)
+        return f"Interrupted: {finished}; the figures rest on {seeds} seed{'s' if seeds > 1 else ''}."
+
+    def document(self) -> Document:
+        """The report, ready to be drawn for a terminal or a browser."""
+        return tell(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain dictionaries and lists; times in seconds, accuracies from 0 to 1."""
+        found = [asdict(verdict) for verdict in verdicts(self.summary, self.footing)]
+        return {
+            "verdict": self.verdict,
+            "verdicts": found,
+            "interrupted": self.interrupted,
+            "setup": asdict(self.setup),
+            "summary": asdict(self.summary),
+            "footing": None if self.footing is None else asdict(self.footing),
+            "runs": [asdict(run) for run in self.runs],
+            "notes": list(self.notes),
+            "facts": dict(self.facts),
+        }
+
+    def to_json(self) -> str:
+        """The whole result as strict JSON with `kind` "comparison" and `schema_version` 1; NaN becomes null."""
+        return to_json(self.to_dict(), kind="comparison", schema_version=SCHEMA_VERSION)
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the report, whole or not at all: a self-contained page for `.html`, the numbers for `.json`.
+
+        Raises:
+            InputError: another suffix.
+            MissingDependencyError: `.html` without the packages that draw it.
+            OutputError: the file cannot be written.
+        """
+        suffix = Path(path).suffix.lower()
+        if suffix == ".json":
+            return write_whole(path, self.to_json() + "\n")
+        if suffix in (".html", ".htm"):
+            from batchnorm.report.html import render  # jinja2 is optional; JSON does without
+
+            return write_whole(path, render(self.document(), self.to_dict()))
+        raise InputError(
+            message(
+                "output path",
+                got=str(path),
+                expected="a name that ends in .html or .json",
+                fix="Add a suffix.",
+            )
+        )
+
+    def _repr_html_(self) -> str:
+        from batchnorm.report.html import render_fragment  # jinja2 is optional; only notebooks ask for this
+
+        return render_fragment(self.document())
+
+    def __str__(self) -> str:
+        lines = [self.verdict]
+        lines += [f"  {item.label} {item.headline}" for item in verdicts(self.summary, self.footing)]
+        if self.interrupted:
+            lines.append(self.incomplete)
+        return "\n".join(lines)

@@ -1,0 +1,164 @@
+"""The report of a comparison: what is said, in which order."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from batchnorm.comparison.figures import accuracy_curves, batch_statistics, learning_rates, loss_curves
+from batchnorm.comparison.measures import Interval
+from batchnorm.comparison.summary import Rate, Summary, Target
+from batchnorm.comparison.verdicts import headline, percent, points, span, verdicts
+from batchnorm.report.document import Block, Document, Paragraph, Section, Table
+
+if TYPE_CHECKING:
+    from batchnorm.comparison.result import Comparison
+
+__all__ = ["tell"]
+
+
+def tell(result: "Comparison") -> Document:
+    """The document: verdicts and accuracy curves first, then rates, steps, batches, and how it was done."""
+    summary, setup = result.summary, result.setup
+    first: list[Block] = [*verdicts(summary, result.footing), accuracy_curves(summary, result.runs)]
+    sections = [
+        Section("What batch norm does to this network", first),
+        Section("Learning rates", [learning_rates(summary), _rate_table(summary)]),
+        Section("Steps to a given accuracy", [_steps_table(summary), _step_cost(summary)]),
+        Section("Accuracy", [_accuracy_table(summary)]),
+    ]
+    if result.footing is not None:
+        sections.append(Section("Every batch on the same footing", [batch_statistics(result.footing)]))
+    sections.append(Section("Training loss", [loss_curves(summary, result.runs)], folded=True))
+    sections.append(Section("How it was done", [Paragraph(note, small=True) for note in result.notes]))
+    return Document(
+        title=f"{setup.model} on {setup.data}: with and without batch norm",
+        verdict=headline(summary, setup.model, setup.data),
+        sections=sections,
+        facts=result.facts,
+        incomplete=result.incomplete,
+    )
+
+
+def _rate_table(summary: Summary) -> Table:
+    lines = zip(summary.normalized.rates, summary.plain.rates, summary.rate_differences, strict=True)
+    return Table(
+        columns=("learning rate", "with", "trains", "without", "trains", "paired difference"),
+        rows=[
+            [
+                f"{with_.lr:g}",
+                percent(with_.final.mean),
+                _trains(with_),
+                percent(without.final.mean),
+                _trains(without),
+                _difference(gap),
+            ]
+            for with_, without, gap in lines
+        ],
+        caption="Final test accuracy, mean over seeds; the difference with its 95 % interval.",
+        numeric=(0, 1, 3, 5),
+    )
+
+
+def _steps_table(summary: Summary) -> Table:
+    return Table(
+        columns=(
+            "to reach",
+            "with (steps)",
+            "at rate",
+            "without (steps)",
+            "at rate",
+            "ratio",
+            "95 % interval",
+        ),
+        rows=[_target_row(target) for target in summary.targets],
+        caption=(
+            "Accuracies as shares of the best that each seed reaches without batch norm; steps averaged over seeds, "
+            "each network at the learning rate that gets there soonest."
+        ),
+        numeric=(1, 2, 3, 4, 5, 6),
+    )
+
+
+def _target_row(target: Target) -> list[str]:
+    goal = sum(target.accuracy) / len(target.accuracy)
+    ratio, interval = "–", "–"
+    if target.ratio is not None:
+        ratio = f"{target.ratio.mean:.1f}×"
+        if target.ratio.low is not None:
+            interval = f"{target.ratio.low:.1f} to {target.ratio.high:.1f}"
+    return [
+        f"{percent(goal)} ({100 * target.share:.0f} % of the best)",
+        _steps(target.normalized_steps),
+        f"{target.normalized_lr:g}",
+        _steps(target.plain_steps),
+        f"{target.plain_lr:g}",
+        ratio,
+        interval,
+    ]
+
+
+def _step_cost(summary: Summary) -> Paragraph:
+    plain, normalized = summary.seconds_per_step
+    return Paragraph(
+        f"A training step took {_duration(normalized)} with batch norm and {_duration(plain)} without (median over "
+        "trainings, on this machine), so fewer steps are not the same factor in time.",
+        small=True,
+    )
+
+
+def _accuracy_table(summary: Summary) -> Table:
+    def row(name: str, with_: Interval, without: Interval, difference: Interval) -> list[str]:
+        return [name, _interval(with_), _interval(without), _difference(difference)]
+
+    with_, without = (_at_best(arm.rates, arm.best_lr) for arm in (summary.normalized, summary.plain))
+    return Table(
+        columns=(
+            "test accuracy",
+            f"with, rate {with_.lr:g}",
+            f"without, rate {without.lr:g}",
+            "paired difference",
+        ),
+        rows=[
+            row("best", with_.best, without.best, summary.best_difference),
+            row("final", with_.final, without.final, summary.final_difference),
+        ],
+        caption=f"Means of {len(summary.seeds)} seeds with 95 % intervals.",
+        numeric=(1, 2, 3),
+    )
+
+
+def _at_best(rates: Sequence[Rate], lr: float) -> Rate:
+    return next(rate for rate in rates if rate.lr == lr)
+
+
+def _trains(rate: Rate) -> str:
+    if rate.diverged:
+        return f"no, {rate.diverged} of {rate.final.n} diverged" if not rate.trains else "yes"
+    return "yes" if rate.trains else "no"
+
+
+def _interval(value: Interval) -> str:
+    """The mean and its interval; an accuracy's interval may reach beyond 0 or 100 %, which no accuracy does."""
+    if value.low is None or value.high is None:
+        return percent(value.mean)
+    return f"{percent(value.mean)} ({100 * max(value.low, 0):.1f} to {100 * min(value.high, 1):.1f})"
+
+
+def _difference(value: Interval) -> str:
+    if value.low is None or value.high is None:
+        return points(value.mean)
+    seen = "" if value.excludes(0) else ": no difference seen"
+    return f"{points(value.mean)} ({span(value)}){seen}"
+
+
+def _steps(values: Sequence[int | None]) -> str:
+    known = [value for value in values if value is not None]
+    if not known:
+        return "never"
+    mean = f"{sum(known) / len(known):.0f}"
+    return mean if len(known) == len(values) else f"{mean} ({len(known)} of {len(values)} seeds)"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 1e-3:
+        return f"{seconds * 1e6:.0f} µs"
+    return f"{seconds * 1e3:.2f} ms" if seconds < 1 else f"{seconds:.2f} s"

@@ -1,0 +1,226 @@
+"""From the finished trainings to the numbers that are judged."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from batchnorm.comparison.measures import Interval, first_reach, ratio_interval, t_interval, trains
+from batchnorm.comparison.training import Run
+
+__all__ = ["TARGETS", "Arm", "Rate", "Summary", "Target", "final_accuracy", "summarize"]
+
+# Shares of the plain network's best accuracy. The last one is the headline; the others show whether it depends on the
+# plain network's last, lucky fraction of a point.
+TARGETS = (0.9, 0.95, 0.99, 1.0)
+
+Edge = Literal["lowest", "highest", "only"]
+
+
+@dataclass(frozen=True)
+class Rate:
+    """One network at one learning rate, over the seeds."""
+
+    lr: float
+    best: Interval
+    final: Interval
+    diverged: int
+    trains: bool
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One of the two networks over the whole sweep.
+
+    Args:
+        rates: every learning rate, rising.
+        best_lr: the rate with the highest mean best test accuracy; of equals the one with the higher final one.
+        edge: "lowest" or "highest" when `best_lr` is that rate of the sweep, so that a better one may lie outside;
+            "only" when there is no other; None when it lies inside.
+        best: best test accuracy of each seed at `best_lr`.
+        final: final test accuracy of each seed at `best_lr`.
+    """
+
+    rates: tuple[Rate, ...]
+    best_lr: float
+    edge: Edge | None
+    best: tuple[float, ...]
+    final: tuple[float, ...]
+
+    @property
+    def trained_at(self) -> tuple[float, ...]:
+        """The learning rates at which every seed trains."""
+        return tuple(rate.lr for rate in self.rates if rate.trains)
+
+
+@dataclass(frozen=True)
+class Target:
+    """Steps until a share of the plain network's best accuracy is reached, each network at its own fastest rate.
+
+    Args:
+        share: the share of the plain network's best accuracy.
+        accuracy: the accuracy to reach, for each seed.
+        plain_lr: the rate at which the plain network gets there soonest.
+        plain_steps: its steps, for each seed.
+        normalized_lr: the rate at which the one with batch norm does.
+        normalized_steps: its steps, None where it never gets there.
+        ratio: plain steps over steps with batch norm, geometric mean over seeds; None unless every seed gets there.
+    """
+
+    share: float
+    accuracy: tuple[float, ...]
+    plain_lr: float
+    plain_steps: tuple[int | None, ...]
+    normalized_lr: float
+    normalized_steps: tuple[int | None, ...]
+    ratio: Interval | None
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Everything that the verdicts rest on, from the seeds whose trainings are all finished.
+
+    Differences are paired by seed, with batch norm minus without, in accuracy from 0 to 1.
+
+    Args:
+        seeds: the seeds that count.
+        chance: the accuracy of guessing.
+        plain: the network without batch norm.
+        normalized: the network with it.
+        rate_differences: difference of the final accuracies at each rate of the sweep.
+        best_difference: of the best accuracies, each network at its best rate.
+        final_difference: of the final accuracies, each network at its best rate.
+        targets: steps to shares of the plain network's best accuracy, the whole of it last.
+        seconds_per_step: median time of a training step, without and with batch norm.
+    """
+
+    seeds: tuple[int, ...]
+    chance: float
+    plain: Arm
+    normalized: Arm
+    rate_differences: tuple[Interval, ...]
+    best_difference: Interval
+    final_difference: Interval
+    targets: tuple[Target, ...]
+    seconds_per_step: tuple[float, float] = field(compare=False)
+
+
+Grid = dict[tuple[bool, float, int], Run]
+
+
+def final_accuracy(run: Run, chance: float) -> float:
+    """The accuracy at the end; a diverged network is as good as guessing."""
+    return chance if run.diverged else run.accuracy[-1]
+
+
+def summarize(runs: Sequence[Run], chance: float, samples: int) -> Summary:
+    """Summarize finished pairs.
+
+    Seeds count that have a pair at every rate; when the very first seed was cut short, its finished rates count.
+
+    Args:
+        runs: trainings; those without their partner are left out.
+        chance: the accuracy of guessing, 0 to 1.
+        samples: how many test samples the accuracies rest on.
+
+    Raises:
+        ValueError: there is no finished pair.
+    """
+    grid: Grid = {(run.normalized, run.lr, run.seed): run for run in runs}
+    pairs = [(lr, seed) for normalized, lr, seed in grid if normalized and (False, lr, seed) in grid]
+    if not pairs:
+        raise ValueError("no pair of trainings is finished")
+    lrs = sorted({lr for lr, _ in pairs})
+    seeds = tuple(s for s in dict.fromkeys(seed for _, seed in pairs) if all((lr, s) in pairs for lr in lrs))
+    if not seeds:
+        raise ValueError("no seed has a finished pair at every rate")
+    top = max(max(run.accuracy) for run in grid.values() if run.seed in seeds)
+    plain, normalized = (_arm(grid, side, lrs, seeds, (chance, top, samples)) for side in (False, True))
+    return Summary(
+        seeds=seeds,
+        chance=chance,
+        plain=plain,
+        normalized=normalized,
+        rate_differences=tuple(
+            _difference(_finals(grid, True, lr, seeds, chance), _finals(grid, False, lr, seeds, chance))
+            for lr in lrs
+        ),
+        best_difference=_difference(normalized.best, plain.best),
+        final_difference=_difference(normalized.final, plain.final),
+        targets=tuple(_target(grid, lrs, seeds, plain.best, share) for share in TARGETS),
+        seconds_per_step=(_seconds(grid, False), _seconds(grid, True)),
+    )
+
+
+def _arm(
+    grid: Grid, normalized: bool, lrs: list[float], seeds: tuple[int, ...], scale: tuple[float, float, int]
+) -> Arm:
+    chance, top, samples = scale
+    rates = []
+    for lr in lrs:
+        runs = [grid[normalized, lr, seed] for seed in seeds]
+        finals = _finals(grid, normalized, lr, seeds, chance)
+        rates.append(
+            Rate(
+                lr,
+                t_interval([max(run.accuracy) for run in runs]),
+                t_interval(finals),
+                sum(run.diverged for run in runs),
+                trains(finals, chance, top, samples),
+            )
+        )
+    best = max(rates, key=lambda rate: (rate.best.mean, rate.final.mean))
+    ends: dict[int, Edge] = {0: "lowest", len(rates) - 1: "highest"} if len(rates) > 1 else {0: "only"}
+    runs = [grid[normalized, best.lr, seed] for seed in seeds]
+    return Arm(
+        tuple(rates),
+        best.lr,
+        ends.get(rates.index(best)),
+        tuple(max(run.accuracy) for run in runs),
+        tuple(_finals(grid, normalized, best.lr, seeds, chance)),
+    )
+
+
+def _finals(grid: Grid, normalized: bool, lr: float, seeds: tuple[int, ...], chance: float) -> list[float]:
+    return [final_accuracy(grid[normalized, lr, seed], chance) for seed in seeds]
+
+
+def _difference(first: Sequence[float], second: Sequence[float]) -> Interval:
+    return t_interval([a - b for a, b in zip(first, second, strict=True)])
+
+
+def _target(
+    grid: Grid, lrs: list[float], seeds: tuple[int, ...], best: tuple[float, ...], share: float
+) -> Target:
+    goals = tuple(share * value for value in best)
+    plain_lr, plain_steps = _fastest(grid, False, lrs, seeds, goals)
+    normalized_lr, normalized_steps = _fastest(grid, True, lrs, seeds, goals)
+    # A goal that is met before the first step (a network that never learns) has no ratio either.
+    reached = [(a, b) for a, b in zip(plain_steps, normalized_steps, strict=True) if a and b]
+    complete = len(reached) == len(seeds)
+    ratio = ratio_interval([a for a, _ in reached], [b for _, b in reached]) if complete else None
+    return Target(share, goals, plain_lr, plain_steps, normalized_lr, normalized_steps, ratio)
+
+
+def _fastest(
+    grid: Grid, normalized: bool, lrs: list[float], seeds: tuple[int, ...], goals: tuple[float, ...]
+) -> tuple[float, tuple[int | None, ...]]:
+    """The rate at which most seeds reach their goal, and of these the one with the fewest steps on average."""
+
+    def steps_at(lr: float) -> tuple[int | None, ...]:
+        runs = [grid[normalized, lr, seed] for seed in seeds]
+        return tuple(
+            first_reach(run.steps, run.accuracy, goal) for run, goal in zip(runs, goals, strict=True)
+        )
+
+    def slowness(lr: float) -> tuple[int, float]:
+        reached = [steps for steps in steps_at(lr) if steps is not None]
+        return -len(reached), sum(reached) / max(len(reached), 1)
+
+    lr = min(lrs, key=slowness)
+    return lr, steps_at(lr)
+
+
+def _seconds(grid: Grid, normalized: bool) -> float:
+    """Seconds a training step takes: the median over trainings."""
+    times = sorted(run.seconds / run.trained_steps for run in grid.values() if run.normalized == normalized)
+    return times[len(times) // 2]

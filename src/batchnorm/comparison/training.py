@@ -1,0 +1,151 @@
+"""One training, recorded."""
+
+import math
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from batchnorm._errors import InputError, InputTypeError, message
+from batchnorm.comparison.pairs import forward
+from batchnorm.comparison.progress import Progress
+from batchnorm.comparison.record import Batch, Replay, seeded
+
+__all__ = ["OPTIMIZERS", "MakeOptimizer", "Run", "accuracy_on", "optimizer_maker", "train"]
+
+MakeOptimizer = Callable[[Iterable[nn.Parameter], float], torch.optim.Optimizer]
+
+OPTIMIZERS: dict[str, MakeOptimizer] = {
+    "sgd": lambda parameters, lr: torch.optim.SGD(parameters, lr=lr),
+    "momentum": lambda parameters, lr: torch.optim.SGD(parameters, lr=lr, momentum=0.9),
+    "adam": lambda parameters, lr: torch.optim.Adam(parameters, lr=lr),
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """The record of one training.
+
+    Args:
+        normalized: with batch norm or without.
+        lr: learning rate.
+        seed: the seed of weights and batches.
+        steps: the steps at which it was evaluated, from 0 on.
+        accuracy: test accuracy at these steps, 0 to 1.
+        loss: mean training loss since the evaluation before, nats a sample; NaN at step 0.
+        diverged: the training loss became NaN or infinite; the training ended there.
+        trained_steps: how many steps were made.
+        seconds: time of the training steps alone, without evaluations.
+    """
+
+    normalized: bool
+    lr: float
+    seed: int
+    steps: tuple[int, ...]
+    accuracy: tuple[float, ...]
+    loss: tuple[float, ...]
+    diverged: bool
+    trained_steps: int
+    seconds: float = field(compare=False)
+
+    @property
+    def label(self) -> str:
+        """Which of the two networks this is, in words."""
+        return "with batch norm" if self.normalized else "without batch norm"
+
+
+def optimizer_maker(optimizer: str | MakeOptimizer) -> MakeOptimizer:
+    """The function (parameters, lr) -> optimizer behind a name.
+
+    Raises:
+        InputError: an unknown name.
+    """
+    if callable(optimizer):
+        return optimizer
+    if optimizer not in OPTIMIZERS:
+        raise InputError(
+            message(
+                "optimizer",
+                got=repr(optimizer),
+                expected=f"one of {', '.join(OPTIMIZERS)}",
+                fix="Any other is given as a function (parameters, lr) -> optimizer.",
+            )
+        )
+    return OPTIMIZERS[optimizer]
+
+
+def train(
+    model: nn.Module,
+    batches: Replay,
+    test: Sequence[Batch],
+    *,
+    normalized: bool,
+    lr: float,
+    seed: int,
+    every: int,
+    make_optimizer: MakeOptimizer,
+    progress: Progress,
+) -> Run:
+    """Train `model` in place on the batches, one step each, and evaluate it every `every` steps and at the end."""
+    device = batches.device
+    with seeded(seed, device):
+        optimizer = _checked(make_optimizer([p for p in model.parameters() if p.requires_grad], lr))
+        steps, accuracies, losses = [0], [accuracy_on(model, test)], [math.nan]
+        model.train()
+        recent: list[float] = []
+        seconds, diverged, step = 0.0, False, 0
+        for step, (x, y) in enumerate(batches, start=1):
+            begin = time.perf_counter()
+            loss = _step(model, optimizer, x, y)
+            seconds += time.perf_counter() - begin
+            if not math.isfinite(loss):
+                diverged = True
+                break
+            recent.append(loss)
+            if step % every == 0 or step == len(batches):
+                steps.append(step)
+                accuracies.append(accuracy_on(model, test))
+                losses.append(sum(recent) / len(recent))
+                recent.clear()
+                progress.step(step, len(batches), losses[-1], accuracies[-1])
+    return Run(normalized, lr, seed, tuple(steps), tuple(accuracies), tuple(losses), diverged, step, seconds)
+
+
+def accuracy_on(model: nn.Module, test: Sequence[Batch]) -> float:
+    """The share of test samples that the model, in eval mode, gets right; a score of NaN or Inf is wrong."""
+    training = model.training
+    model.eval()
+    right, samples = 0, 0
+    with torch.no_grad():
+        for x, y in test:
+            scores = forward(model, x)
+            right += int(((scores.argmax(1) == y) & scores.isfinite().all(1)).sum())
+            samples += len(y)
+    model.train(training)
+    return right / samples
+
+
+def _checked(optimizer: object) -> torch.optim.Optimizer:
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise InputTypeError(
+            message(
+                "optimizer",
+                got=f"a function that returns a {type(optimizer).__name__}",
+                expected="a function (parameters, lr) -> torch.optim.Optimizer",
+            )
+        )
+    return optimizer
+
+
+def _step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor) -> float:
+    loss: Any = F.cross_entropy(forward(model, x), y)
+    value = float(loss.item())
+    if math.isfinite(value):
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return value

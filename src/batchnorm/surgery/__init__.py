@@ -1,0 +1,6 @@
+"""Operations that change which layers a network has."""
+
+from batchnorm.surgery._insert import insert
+from batchnorm.surgery._remove import remove
+
+__all__ = ["insert", "remove"]

@@ -1,0 +1,191 @@
+"""The order in which a model calls its layers, found by torch.fx without running it."""
+
+import contextlib
+import functools
+import inspect
+import random
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from batchnorm._errors import ModelError, message
+from batchnorm._walk import Changes, Plan, copied, walk
+from batchnorm.surgery import _kinds as kinds
+from batchnorm.surgery._unnormalized import Unnormalized
+
+__all__ = ["Traced", "Untraceable", "apply_checked", "trace"]
+
+
+# What wraps a model without changing what it computes, and the name under which it holds it.
+_WRAPPERS = {"OptimizedModule": "_orig_mod", "DataParallel": "module"}
+
+
+class Untraceable(Exception):  # noqa: N818 - a finding that callers handle, not an error of the user's
+    """torch.fx cannot follow the model's forward.
+
+    `reader` is the name of a module and of an attribute that it does not have, where that was the reason.
+    """
+
+    def __init__(self, reason: str, reader: tuple[str, str] | None = None) -> None:
+        super().__init__(reason)
+        self.reader = reader
+
+
+class _Tracer(fx.Tracer):
+    """Looks into every module but torch's own and those that are a unit here, whatever package they come from."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        unit = kinds.is_producer(m) or kinds.is_norm(m) or kinds.is_activation(m) or kinds.is_passing(m)
+        return unit or isinstance(m, Unnormalized) or super().is_leaf_module(m, module_qualified_name)
+
+
+@dataclass(frozen=True, eq=False)
+class Traced:
+    """The graph of a model's forward, with the model's own modules in the place of their names."""
+
+    graph: fx.Graph
+    modules: dict[str, nn.Module]
+
+    def module(self, node: object) -> nn.Module | None:
+        """The layer that a node calls, None if it calls none."""
+        if not isinstance(node, fx.Node) or node.op != "call_module":
+            return None
+        return self.modules[str(node.target)]
+
+    @functools.cached_property
+    def _calls(self) -> dict[int, list[fx.Node]]:
+        calls: dict[int, list[fx.Node]] = {}
+        for node in self.graph.nodes:
+            module = self.module(node)
+            if module is not None:
+                calls.setdefault(id(module), []).append(node)
+        return calls
+
+    def calls(self, module: nn.Module) -> list[fx.Node]:
+        """The nodes that call this module."""
+        return self._calls.get(id(module), [])
+
+    def read_directly(self, module: nn.Module) -> list[str]:
+        """The parameters and buffers of this module that the model reads without calling it."""
+        read = (str(node.target).rpartition(".") for node in self.graph.nodes if node.op == "get_attr")
+        return sorted({name for owner, _, name in read if self.modules.get(owner) is module})
+
+
+def _defaults(forward: Callable[..., Any]) -> dict[str, Any]:
+    """Optional arguments take their defaults: traced as tensors, every `if mask is not None` would be taken."""
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    parameters = inspect.signature(forward).parameters.values()
+    return {p.name: p.default for p in parameters if p.kind in named and p.default is not p.empty}
+
+
+def _scratch(model: nn.Module) -> nn.Module:
+    """A copy that shares the parameters: forward may leave traces of its own on the modules it runs through.
+
+    In training mode, so that branches of training only are seen too.
+    """
+    scratch = copied(model, share_parameters=True)
+    for module in scratch.modules():
+        module.training = True
+    return scratch
+
+
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Random numbers drawn inside are not missing outside, and warnings of this trial run are nobody's."""
+    state = random.getstate()
+    try:
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        random.setstate(state)
+
+
+def trace(model: nn.Module) -> Traced:
+    """Follow the model's forward; a compiled or data-parallel model's is that of the model inside.
+
+    Raises:
+        Untraceable: it branches on values, creates modules on the way, or does something else on proxies that
+            only works on tensors.
+    """
+    modules = {name: spot.module for spot in walk(model) for name in spot.names}
+    wrapped = _WRAPPERS.get(type(model).__name__, "")
+    prefix = f"{wrapped}." if wrapped in model._modules else ""
+    scratch: nn.Module | None = None
+    try:
+        with _undisturbed():
+            scratch = _scratch(modules[prefix.rstrip(".")])
+            graph = _Tracer().trace(scratch, concrete_args=_defaults(scratch.forward) or None)
+    except Exception as error:  # forward is any code at all, so it may fail on proxies in any way
+        raise Untraceable(_first_sentence(error), _reader(error, scratch, prefix)) from error
+    for node in graph.nodes:
+        if node.op in ("call_module", "get_attr"):
+            node.target = prefix + str(node.target)
+            if node.op == "call_module" and node.target not in modules:
+                raise Untraceable(f"forward creates the module {node.target}")
+    return Traced(graph, modules)
+
+
+def _first_sentence(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or ["no message"]
+    return f"{type(error).__name__}: {lines[0].split('. ')[0]}"
+
+
+def _reader(error: Exception, scratch: nn.Module | None, prefix: str) -> tuple[str, str] | None:
+    """Which module lacked which attribute, if that is what the error is about."""
+    if scratch is None or not isinstance(error, AttributeError) or not isinstance(error.obj, nn.Module):
+        return None
+    found = [name for name, module in scratch.named_modules() if module is error.obj]
+    return (prefix + found[0], str(error.name)) if found else None
+
+
+def apply_checked(model: nn.Module, traced: Traced | None, make: Callable[[dict[str, str]], Plan]) -> Changes:
+    """Carry a plan out and follow the forward again; leave out what it does not run with.
+
+    A forward may read `self.conv.out_channels`, which the replacement of `conv` does not have, or call a layer only
+    if it is an `nn.Conv2d`. `make` gets the names that must not be replaced, each with the reason.
+    """
+    kept: dict[str, str] = {}
+    while True:
+        changes = make(dict(kept)).apply()
+        if traced is None or not changes.changed:
+            return changes
+        try:
+            found = _not_run_with(changes, traced)
+        except BaseException:
+            changes.revert()
+            raise
+        if not found:
+            return changes
+        changes.revert()
+        kept.update(found)
+
+
+def _not_run_with(changes: Changes, before: Traced) -> dict[str, str]:
+    """The replaced layers that the forward does not accept in their new form, each with the reason."""
+    try:
+        after = trace(changes.model)
+    except Untraceable as error:
+        replaced = {name for change in changes.changed for name in (change.name, *change.also)}
+        if error.reader is None or error.reader[0] not in replaced:
+            raise ModelError(
+                message(
+                    f"{changes.operation}: the model's forward",
+                    got=str(error),
+                    expected="a forward that runs with the replaced layers",
+                    fix="It depends on what kind of layers the model holds; nothing was changed.",
+                )
+            ) from error
+        name, attribute = error.reader
+        return {name: f"the model reads its attribute {attribute!r}, which a replacement lacks"}
+    ignored = {}
+    for change in changes.changed:
+        old, new = before.modules[change.name], after.modules[change.name]
+        last = new[-1] if isinstance(new, nn.Sequential) else new
+        if len(after.calls(last)) != len(before.calls(old)):
+            ignored[change.name] = "the model decides by the type of a layer whether to call it"
+    return ignored

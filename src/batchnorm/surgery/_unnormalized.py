@@ -1,0 +1,55 @@
+"""What stays of one of our layers when its batch norm is taken out."""
+
+import torch
+import torch.fx
+from torch import Tensor, nn
+
+from batchnorm._activations import activation_named
+
+__all__ = ["Unnormalized", "shielded"]
+
+
+# torch.fx does not look into it: its shapes are numbers in a real call only.
+torch.fx.wrap("shielded")
+
+
+def shielded(output: Tensor, mask: Tensor) -> Tensor:
+    """`output` (N, C, *S) with zeros where the mask (N, *S) is zero.
+
+    It stands before the activation: every activation here maps 0 to 0, and this way neither a NaN under the mask nor
+    its gradient gets through.
+    """
+    axes = (1,) * (output.dim() - 1 - mask.dim()) + tuple(mask.shape)
+    return torch.where(mask.reshape(axes).unsqueeze(1) != 0, output, output.new_zeros(()))
+
+
+class Unnormalized(nn.Module):
+    """y = act(input + residual), and 0 where the mask is 0: one of our batch norms without the batch norm.
+
+    It takes the arguments of the layer that it stands for. `activation` is None or one of the layer's
+    activations, `negative_slope` is leaky_relu's.
+
+    Example:
+        >>> import torch
+        >>> Unnormalized("relu")(torch.tensor([[-1.0, 2.0]]), residual=torch.tensor([[3.0, 3.0]]))
+        tensor([[2., 5.]])
+    """
+
+    def __init__(self, activation: str | None = None, negative_slope: float = 0.01) -> None:
+        super().__init__()
+        activation_named(activation)
+        self.activation = activation
+        self.negative_slope = negative_slope
+
+    def forward(self, input: Tensor, residual: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """Shapes: input and residual (N, C, *S), mask (N, *S), whose missing leading axes broadcast."""
+        output = input if residual is None else input + residual
+        if mask is not None:
+            output = shielded(output, mask)
+        activation = activation_named(self.activation)
+        return output if activation is None else activation.forward(output, self.negative_slope)
+
+    def extra_repr(self) -> str:
+        """The options, as in the constructor."""
+        slope = f", negative_slope={self.negative_slope}" if self.activation == "leaky_relu" else ""
+        return f"activation={self.activation!r}{slope}"

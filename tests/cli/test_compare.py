@@ -1,0 +1,293 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import Result
+
+import batchnorm.comparison
+from batchnorm._errors import BatchNormError, DataError
+from batchnorm.report import html
+from batchnorm.report.document import Document, Section, Verdict
+
+Run = Callable[..., Result]
+
+OWN = ("--model", "nets:make_net", "--data", "nets:make_data", "--lr", "0.1", "--batch-size", "8")
+
+NETS = """
+import torch
+from torch import nn
+
+def make_net():
+    return nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 2))
+
+def make_data():
+    x = torch.randn(48, 16, generator=torch.Generator().manual_seed(0))
+    y = (x[:, 0] > 0).long()
+    return x[:32], y[:32], x[32:], y[32:]
+
+def needs_an_argument(width): ...
+def fails(): raise ValueError("no such\\nfile")
+def returns_a_number(): return 3
+def returns_none(): return None
+a_number = 3
+a_model = make_net()
+"""
+
+
+class Outcome:
+    """What a comparison gives, without the hours."""
+
+    def __init__(self, interrupted: bool = False) -> None:
+        self.interrupted = interrupted
+
+    def document(self) -> Document:
+        section = Section("Verdict", [Verdict("How much sooner?", "2× fewer steps", "Text.")])
+        return Document("Title", "It learns sooner.", [section])
+
+    def to_json(self) -> str:
+        return '{"kind": "comparison", "schema_version": 1}'
+
+    def save(self, path: Path) -> None:
+        Path(path).write_text("report")
+
+
+class Recorder:
+    """Stands in for `compare` and keeps what it was called with."""
+
+    def __init__(self) -> None:
+        self.calls: list[dict[str, Any]] = []
+        self.outcome: Outcome | BaseException = Outcome()
+
+    def __call__(self, make_model: Any, data: Any, **options: Any) -> Outcome:
+        self.calls.append({"make_model": make_model, "data": data, **options})
+        if isinstance(self.outcome, BaseException):
+            raise self.outcome
+        return self.outcome
+
+
+@pytest.fixture
+def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
+    stand_in = Recorder()
+    monkeypatch.setattr(batchnorm.comparison, "compare", stand_in)
+    return stand_in
+
+
+@pytest.fixture
+def nets(tmp_path: Path) -> None:
+    (tmp_path / "nets.py").write_text(NETS)
+    (tmp_path / "broken.py").write_text("import nothing_of_that_name")
+    (tmp_path / "unfinished.py").write_text("def make(:")
+
+
+def only_error(result: Result) -> str:
+    """The one line that a user sees when something is wrong."""
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert result.stderr.count("\n") == 1
+    assert result.stderr.startswith("error: ")
+    return result.stderr
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if path.suffix in {".html", ".json"})
+
+
+def test_the_options_reach_the_library(run: Run, recorder: Recorder) -> None:
+    options = "--network cnn --data mnist5k --lr 0.1 --lr 1 --seeds 2 --steps 7 --batch-size 9"
+    assert run("compare", *options.split(), "--optimizer", "adam", "--device", "cpu").exit_code == 0
+    (call,) = recorder.calls
+    assert call.pop("progress") is not None
+    assert call == {
+        "make_model": "cnn",
+        "data": "mnist5k",
+        "lrs": [0.1, 1.0],
+        "seeds": 2,
+        "steps": 7,
+        "batch_size": 9,
+        "optimizer": "adam",
+        "device": "cpu",
+    }
+
+
+def test_the_defaults_leave_the_choice_to_the_library(run: Run, recorder: Recorder, tmp_path: Path) -> None:
+    result = run("compare")
+    assert result.exit_code == 0
+    (call,) = recorder.calls
+    assert (call["make_model"], call["data"], call["seeds"]) == ("deep-mlp", "digits", 3)
+    assert (call["lrs"], call["steps"], call["batch_size"]) == (None, None, None)
+    assert files(tmp_path) == ["batchnorm-report.html"]
+    assert "It learns sooner." in result.stdout
+    assert "2× fewer steps" in result.stdout
+    assert result.stdout.splitlines()[-1] == "report: batchnorm-report.html"
+
+
+def test_json_on_stdout_is_all_there_is(run: Run, recorder: Recorder, tmp_path: Path) -> None:
+    result = run("compare", "--json", "-", "--out", "r.html")
+    assert json.loads(result.stdout) == {"kind": "comparison", "schema_version": 1}
+    assert "report: r.html" in result.stderr
+    assert files(tmp_path) == ["r.html"]
+
+
+def test_json_in_a_file(run: Run, recorder: Recorder, tmp_path: Path) -> None:
+    result = run("compare", "--json", "r.json", "--out", "r.html")
+    assert json.loads((tmp_path / "r.json").read_text())["kind"] == "comparison"
+    assert result.stdout.splitlines()[-2:] == ["report: r.html", "json: r.json"]
+
+
+def test_an_interrupted_comparison_is_written_and_ends_with_130(
+    run: Run, recorder: Recorder, tmp_path: Path
+) -> None:
+    recorder.outcome = Outcome(interrupted=True)
+    result = run("compare")
+    assert result.exit_code == 130
+    assert files(tmp_path) == ["batchnorm-report.html"]
+    assert "interrupted" in result.stderr
+
+
+def test_an_interruption_before_anything_is_finished_writes_nothing(
+    run: Run, recorder: Recorder, tmp_path: Path
+) -> None:
+    recorder.outcome = KeyboardInterrupt()
+    result = run("compare")
+    assert (result.exit_code, result.stdout, result.stderr) == (130, "", "interrupted\n")
+    assert files(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--out", "missing/r.html"], "mkdir -p missing"),
+        (["--out", "folder.html"], "Add a file name"),
+        (["--out", "r.pdf"], "a file that ends in .html"),
+        (["--json", "missing/r.json"], "mkdir -p missing"),
+        (["--out", "r.html", "--json", "./r.html"], "the same file as --out"),
+        (["--network", "mlp", "--model", "nets:make_net"], "--network and --model: got both"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_the_work(
+    run: Run, recorder: Recorder, tmp_path: Path, arguments: list[str], words: str
+) -> None:
+    (tmp_path / "folder.html").mkdir()
+    assert words in only_error(run("compare", *arguments))
+    assert recorder.calls == []
+
+
+def test_a_report_without_plotly_is_refused_before_the_work(
+    run: Run, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "plotly.offline", None)
+    assert "pip install 'batchnorm[cli]'" in only_error(run("compare"))
+    assert recorder.calls == []
+
+
+@pytest.mark.usefixtures("nets")
+@pytest.mark.parametrize("option", ["--model", "--data"])
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        ("missing_module:make", "ModuleNotFoundError on importing missing_module"),
+        ("broken:make", "No module named 'nothing_of_that_name'"),
+        ("unfinished:make", "SyntaxError on importing unfinished"),
+        ("nets:make_nett", "no 'make_nett' in nets"),
+        ("nets:", "expected MODULE:FACTORY"),
+        (":make", "expected MODULE:FACTORY"),
+        ("nets:a_number", "an object of type int, expected a function or a class"),
+    ],
+)
+def test_a_factory_that_leads_nowhere(
+    run: Run, recorder: Recorder, option: str, spec: str, words: str
+) -> None:
+    error = only_error(run("compare", option, spec))
+    assert words in error
+    assert option in error
+    assert recorder.calls == []
+
+
+@pytest.mark.usefixtures("nets")
+def test_a_wrong_name_is_answered_with_the_right_ones(run: Run, recorder: Recorder) -> None:
+    assert "It has: fails, make_data, make_net" in only_error(run("compare", "--model", "nets:nothing"))
+
+
+@pytest.mark.usefixtures("nets")
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--model", "nets:needs_an_argument"], "TypeError on calling it"),
+        (["--model", "nets:fails"], "ValueError on calling it (no such file)"),
+        (["--model", "nets:returns_a_number"], "expected a function that returns a torch.nn.Module"),
+        (["--model", "nets:a_model"], "got a model, expected a function"),
+        (["--data", "nets:fails"], "ValueError on calling it (no such file)"),
+        (["--data", "nets:returns_none"], "NoneType"),
+        (["--network", "nonsense"], "'nonsense', expected one of mlp, deep-mlp, cnn"),
+        (["--data", "nonsense"], "'nonsense', expected one of digits, mnist5k"),
+        (["--lr", "-1"], "lrs"),
+        (["--device", "nonsense"], "nonsense"),
+    ],
+)
+def test_what_the_library_refuses_is_one_line(
+    run: Run, tmp_path: Path, arguments: list[str], words: str
+) -> None:
+    assert words in only_error(run("compare", "--steps", "2", "--seeds", "1", *arguments))
+    assert files(tmp_path) == []
+
+
+def test_an_unexpected_error_is_one_line_that_says_how_to_see_more(run: Run, recorder: Recorder) -> None:
+    recorder.outcome = ZeroDivisionError("of the\nuser's")
+    assert "ZeroDivisionError: of the user's (batchnorm --debug" in only_error(run("compare"))
+
+
+@pytest.mark.parametrize("error", [DataError("known"), ZeroDivisionError("unknown")])
+def test_debug_shows_the_traceback(run: Run, recorder: Recorder, error: Exception) -> None:
+    recorder.outcome = error
+    assert run("--debug", "compare").exception is error
+
+
+def test_an_error_is_not_taken_for_markup(run: Run, recorder: Recorder) -> None:
+    recorder.outcome = BatchNormError("shape [3] and [/x], " + "long " * 60)
+    assert "[3] and [/x]" in only_error(run("compare"))
+
+
+@pytest.mark.usefixtures("nets")
+def test_a_real_comparison_of_ones_own_network(run: Run, tmp_path: Path) -> None:
+    result = run("compare", *OWN, "--steps", "4", "--seeds", "2", "--json", "r.json", "--out", "r.html")
+    assert result.exit_code == 0
+    assert "[4/4]" in result.stderr
+    assert "make_net" in result.stdout
+    content = json.loads((tmp_path / "r.json").read_text())
+    assert content["kind"] == "comparison"
+    assert len(content["runs"]) == 4
+    page = (tmp_path / "r.html").read_text()
+    assert html._plotly() in page
+
+
+@pytest.mark.usefixtures("nets")
+def test_ctrl_c_writes_what_is_finished(tmp_path: Path) -> None:
+    arguments = [*OWN, "--steps", "20", "--seeds", "9999", "--out", "r.html", "--json", "r.json"]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(Path(batchnorm.__file__).parents[1]),
+        "OMP_NUM_THREADS": "1",
+    }
+    command = [sys.executable, "-m", "batchnorm.cli", "compare", *arguments]
+    with subprocess.Popen(
+        command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True
+    ) as working:
+        assert working.stderr is not None
+        for line in working.stderr:
+            if line.startswith("[4/"):
+                working.send_signal(signal.SIGINT)
+                break
+        rest = working.stderr.read()
+    assert working.returncode == 130
+    assert "interrupted" in rest
+    assert "Traceback" not in rest
+    content = json.loads((tmp_path / "r.json").read_text())
+    assert content["interrupted"] is True
+    assert 4 <= len(content["runs"]) < 9999
+    assert "Incomplete." in (tmp_path / "r.html").read_text()

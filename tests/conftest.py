@@ -1,0 +1,40 @@
+import importlib.util
+import os
+from collections.abc import Generator
+
+import pytest
+import torch
+
+# The tensors of the tests are small: a second thread costs more than it brings, and the processes of
+# pytest-xdist would take each other's cores.
+torch.set_num_threads(1)
+
+if importlib.util.find_spec("hypothesis") is not None:
+    from hypothesis import settings
+
+    # The same examples in every run, and no deadline: the first call of an op pays for its set-up.
+    settings.register_profile("project", derandomize=True, deadline=None, database=None)
+    settings.load_profile("project")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    if importlib.util.find_spec("pytest_timeout") is None:
+        parser.addini(
+            "timeout", "without the plugin (on a bare machine with a GPU) the setting is known and void"
+        )
+
+
+@pytest.fixture(autouse=True)
+def _same_random_numbers_in_any_order() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Under CI a browser test that is skipped has failed: nobody would see that it never ran."""
+    report = yield
+    skipped = report.skipped and not hasattr(report, "wasxfail")
+    if skipped and item.get_closest_marker("browser") and os.environ.get("CI") == "true":
+        report.outcome = "failed"
+        report.longrepr = f"skipped under CI, where browser tests must run: {report.longrepr}"
+    return report

@@ -1,0 +1,55 @@
+"""Two processes under DistributedDataParallel, on gloo."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed
+from helpers import same_bits
+
+WORKER = Path(__file__).with_name("ddp_worker.py")
+spec = importlib.util.spec_from_file_location("ddp_worker", WORKER)
+assert spec is not None
+assert spec.loader is not None
+worker = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(worker)
+
+
+def test_two_processes_average_the_gradients_of_one_process_each(tmp_path: Path) -> None:
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(WORKER), str(rank), str(tmp_path)],
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(worker.WORLD)
+    ]
+    for process in processes:
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == 0, errors
+    results = [torch.load(tmp_path / f"{rank}.pt") for rank in range(worker.WORLD)]
+
+    alone = [worker.network() for _ in range(worker.WORLD)]
+    for step in range(worker.STEPS):
+        for rank, model in enumerate(alone):
+            x, dy = worker.share(rank, step)
+            if step:  # DDP sends rank 0's buffers to every rank before each call
+                for mine, first in zip(model.buffers(), sent, strict=True):
+                    mine.copy_(first)
+            model.zero_grad()
+            model(x).backward(dy)
+        sent = [value.clone() for value in alone[0].buffers()]
+        for i, gradients in enumerate(zip(*(model.parameters() for model in alone), strict=True)):
+            average = torch.stack([parameter.grad for parameter in gradients]).mean(0)
+            for result in results:
+                torch.testing.assert_close(result["gradients"][step][i], average)
+            assert same_bits(results[0]["gradients"][step][i], results[1]["gradients"][step][i])
+    for rank, model in enumerate(alone):
+        for name, value in model.state_dict().items():
+            torch.testing.assert_close(results[rank]["state"][name], value)
+        assert results[rank]["state"]["1.num_batches_tracked"].item() == worker.STEPS

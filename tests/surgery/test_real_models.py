@@ -1,0 +1,169 @@
+"""`remove` and `insert` on architectures of torchvision, timm and efficientnet-lite, with random weights."""
+
+import importlib
+import importlib.util
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+import batchnorm
+
+pytestmark = pytest.mark.packages
+
+_INSTALL = "pip install --no-deps -r tests/no-deps.txt"
+# A library lives as long as its object.
+_library = torch.library.Library("torchvision", "FRAGMENT")
+
+
+def _declare_torchvision_ops() -> None:
+    """torchvision built for another torch imports once the two operators that it looks for are declared."""
+    found = importlib.util.find_spec("torchvision")
+    if found is None or found.origin is None or hasattr(torch.ops.torchvision, "nms"):
+        return
+    for binary in Path(found.origin).parent.glob("_C*.so"):
+        try:
+            torch.ops.load_library(binary)
+        except OSError:
+            continue
+        return
+    scheme = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+    _library.define(f"nms{scheme}")
+    _library.define(f"qnms{scheme}")
+
+
+def _package(name: str) -> ModuleType:
+    _declare_torchvision_ops()
+    if importlib.util.find_spec(name) is None:
+        pytest.skip(f"{name} is not installed: {_INSTALL}")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # their import-time warnings are not about this package
+        return importlib.import_module(name)
+
+
+def _torchvision(name: str, **options: object) -> nn.Module:
+    return _package("torchvision").models.get_model(name, weights=None, **options)
+
+
+def _count(model: nn.Module) -> int:
+    return sum(isinstance(module, _BatchNorm) for module in model.modules())
+
+
+def _runs(model: nn.Module, size: int = 64) -> None:
+    """Forward and backward in training, forward in eval: everything finite, every parameter reached."""
+    x = torch.randn(2, 3, size, size)
+    y = model.train()(x)
+    (y * torch.randn_like(y)).sum().backward()
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
+    with torch.no_grad():
+        assert torch.isfinite(model.eval()(x)).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "norms", "inserted"),
+    [
+        ("resnet18", 20, 20),
+        ("resnet50", 53, 53),
+        # The 17 projections of the inverted residuals are linear on purpose: no activation comes before the next
+        # convolution, so none of them is given a batch norm.
+        ("mobilenet_v2", 52, 35),
+        # 120 convolutions and 121 batch norms: in a dense block the batch norm stands before the convolution, and
+        # one more before the classifier.
+        ("densenet121", 121, 120),
+        # The 8 convolutions, and the 2 hidden linear layers that vgg11_bn leaves without.
+        ("vgg11_bn", 8, 10),
+    ],
+)
+def test_torchvision(name: str, norms: int, inserted: int) -> None:
+    model = _torchvision(name)
+    assert _count(model) == norms
+    removed = batchnorm.remove(model)
+    assert (len(removed.changed), removed.skipped, removed.notes) == (norms, (), ())
+    assert _count(removed.model) == 0
+    assert _count(model) == norms
+    state = model.state_dict()
+    for key, value in removed.model.state_dict().items():
+        assert torch.equal(value, state[key]) if key in state else not value.any()
+
+    again = batchnorm.insert(removed.model)
+    assert (len(again.changed), again.notes) == (inserted, ())
+    assert _count(again.model) == inserted
+    _runs(removed.model)
+    _runs(again.model)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_a_residual_network_without_and_with_batch_norm_again_is_the_same_function(name: str) -> None:
+    model = _torchvision(name).double().train()
+    again = batchnorm.insert(batchnorm.remove(model).model).model
+    x = torch.randn(4, 3, 64, 64, dtype=torch.float64)
+    torch.testing.assert_close(again(x), model(x))
+
+
+def test_vgg_gets_its_batch_norms_where_the_bn_variant_has_them() -> None:
+    plain, normalized = _torchvision("vgg11"), _torchvision("vgg11_bn").double().train()
+    features = batchnorm.insert(
+        nn.Sequential(*plain.features, nn.Conv2d(512, 1, 1)).double(), inplace=True
+    ).model[:-1]
+    convs = [
+        [m for m in net.modules() if isinstance(m, nn.Conv2d)] for net in (features, normalized.features)
+    ]
+    for ours, theirs in zip(*convs, strict=True):
+        ours.weight.data.copy_(theirs.weight.data)
+    x = torch.randn(4, 3, 64, 64, dtype=torch.float64)
+    torch.testing.assert_close(features(x), normalized.features(x))
+
+
+def test_insert_into_transformers_and_their_kin_leaves_channels_last_layers_alone() -> None:
+    for name in ("vit_b_16", "swin_t", "convnext_tiny"):
+        changes = batchnorm.insert(_torchvision(name))
+        assert (changes.changed, changes.notes) == ((), ())
+        assert any("channels last" in skip.reason for skip in changes.skipped)
+
+
+def test_training_branches_of_googlenet() -> None:
+    model = _torchvision("googlenet", init_weights=False).eval()
+    removed = batchnorm.remove(model)
+    assert len(removed.changed) == _count(model) == 59
+    again = batchnorm.insert(removed.model)
+    # Two more than there were: the hidden linear layer of each auxiliary classifier.
+    assert len(again.changed) == 61
+    assert {"aux1.fc1", "aux2.fc1"} <= {change.name for change in again.changed}
+    assert not any(module.training for module in again.model.modules())
+
+
+def test_efficientnet_lite_and_its_own_convolutions() -> None:
+    model = _package("efficientnet_lite_pytorch").EfficientNet.from_name("efficientnet-lite0")
+    removed = batchnorm.remove(model)
+    assert len(removed.changed) == _count(model) == 49
+    assert Counter(change.note.split(" ", 1)[1] for change in removed.changed) == {
+        "given a bias of zeros": 49
+    }
+    again = batchnorm.insert(removed.model)
+    assert len(again.changed) == 33
+    assert all("bias kept" in change.note for change in again.changed)
+    _runs(removed.model)
+
+
+@pytest.mark.parametrize(
+    ("name", "removed", "skipped"),
+    [("resnet18", 20, 0), ("hrnet_w18_small", 91, 0), ("efficientnet_lite0", 0, 49), ("densenet121", 0, 121)],
+)
+def test_timm(name: str, removed: int, skipped: int) -> None:
+    _package("torchvision")
+    create: Callable[..., nn.Module] = _package("timm").create_model
+    model = create(name, pretrained=False)
+    changes = batchnorm.remove(model)
+    assert (len(changes.changed), len(changes.skipped)) == (removed, skipped)
+    # timm's BatchNormAct2d holds the activation: without it the network would be linear.
+    assert all("BatchNormAct2d has a forward of its own" in skip.reason for skip in changes.skipped)
+    x = torch.randn(2, 3, 64, 64)
+    assert torch.isfinite(changes.model.eval()(x)).all()
+    if skipped:
+        torch.testing.assert_close(changes.model(x), model.eval()(x))
