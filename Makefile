@@ -1,7 +1,6 @@
 # Every target makes the virtual environment first when it is missing or out of date.
 # Variables: PYTHON (which Python makes it), VENV (where it lies), JOBS (test processes),
-# OUT (the report of `make demo`), TORCH_INDEX (where torch's CPU build comes from if the configured
-# package index has none).
+# OUT (the report of `make demo`), TORCH_INDEX (a further package index to look for torch's CPU build in).
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -11,7 +10,7 @@ SHELL := /bin/bash
 VENV ?= .venv
 JOBS ?= auto
 OUT ?= report.html
-TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+TORCH_INDEX ?=
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PACKAGES := $(VENV)/.packages
@@ -42,13 +41,12 @@ $(STAMP): $(SOURCES)
 	@test -n "$(PYTHON)" || { echo "error: no Python >= 3.11 found. Install one, or name it: make PYTHON=/path/to/python3.11" >&2; exit 2; }
 	@test -x $(BIN)/python || { echo "Creating $(VENV) with $(PYTHON)"; $(PYTHON) -m venv $(VENV); }
 ifeq ($(shell uname -s),Linux)
-	@# On Linux plain `torch` means the CUDA build, several gigabytes of it.
-	@$(BIN)/python -c 'from importlib.metadata import version as v; import sys; sys.exit(v("torch") != "$(TORCH)+cpu")' 2>/dev/null || { \
-		echo "Installing torch $(TORCH) for CPUs"; \
-		$(BIN)/pip install -qq 'torch==$(TORCH)+cpu' 2>/dev/null || \
-		$(BIN)/pip install -qq --extra-index-url $(TORCH_INDEX) 'torch==$(TORCH)+cpu' || { \
-			echo "error: no CPU build of torch $(TORCH) found, neither in the package index nor in $(TORCH_INDEX)." \
-				"Name another place: make TORCH_INDEX=URL" >&2; exit 2; }; }
+	@# On Linux plain `torch` may mean the CUDA build, several gigabytes of it: the CPU build first.
+	@$(BIN)/python -c 'from importlib.metadata import version as v; import sys; sys.exit(v("torch").split("+")[0] != "$(TORCH)")' 2>/dev/null || { \
+		echo "Installing torch $(TORCH)"; \
+		$(BIN)/pip install -qq $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) 'torch==$(TORCH)+cpu' 2>/dev/null || { \
+			echo "The package index has no CPU build of torch, so this is the large one (TORCH_INDEX=URL names another index)"; \
+			$(BIN)/pip install -qq 'torch==$(TORCH)'; }; }
 endif
 	@echo "Installing the package and its tools (a minute or two the first time)"
 	@$(BIN)/pip install -qq -c constraints.txt -e '.[dev]'

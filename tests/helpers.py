@@ -20,7 +20,12 @@ RELU_LIKE = ("relu", "relu6", "leaky_relu")
 SLOPE = 0.2
 
 # Relative to the largest value. Half types: half a unit in the last place of an output at the top of a binade.
-EXACT = {torch.float64: 1e-14, torch.float32: 3e-7, torch.bfloat16: 2.0**-8 * 1.01, torch.float16: 2.0**-11 * 1.01}
+EXACT = {
+    torch.float64: 1e-14,
+    torch.float32: 3e-7,
+    torch.bfloat16: 2.0**-8 * 1.01,
+    torch.float16: 2.0**-11 * 1.01,
+}
 
 
 @dataclass(frozen=True)

@@ -63,6 +63,21 @@ def test_the_live_display_shows_both_losses_of_the_current_pair() -> None:
     assert "█▇ " in lines["without batch norm"]
 
 
+def test_a_diverging_loss_does_not_flatten_the_other() -> None:
+    with LiveDisplay(console(terminal=True)) as shown:
+        shown.start(2, "mlp on digits")
+        shown.run_started("mlp", False, 0.1, 0)
+        shown.step(1, 2, 2.0, None)
+        shown.step(2, 2, 1e9, None)
+        shown.run_finished("mlp", False, 0.1, 0, 0.1, True)
+        shown.run_started("mlp", True, 0.1, 0)
+        shown.step(1, 2, 2.0, None)
+        shown.step(2, 2, 0.1, None)
+        calm, wild = drawn(shown).splitlines()[2:4]
+    assert "▅▁" in calm
+    assert "▅█" in wild
+
+
 def test_a_new_pair_starts_with_empty_curves() -> None:
     with LiveDisplay(console(terminal=True)) as shown:
         shown.start(4, "mlp on digits")

@@ -3,7 +3,7 @@
 import copy
 import json
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -340,20 +340,6 @@ def test_data_loaders_with_a_generator_of_their_own_repeat(data: Arrays) -> None
     assert any("One-sample batches" in note and "(1 a seed)" in note for note in first.notes)
 
 
-def test_incomplete_batches_are_left_out() -> None:
-    from batchnorm.comparison.data import Data
-    from batchnorm.comparison.record import draw_batches
-
-    x = torch.arange(11.0)[:, None]
-    y = torch.arange(11) % 2
-    drawn = draw_batches(Data(x, y, x, y), batch_size=5, steps=5, seed=3, device=torch.device("cpu"))
-    batches = [part.flatten().tolist() for part, _ in drawn]
-    assert [len(batch) for batch in batches] == [5] * 5
-    assert drawn.epoch == 2
-    assert len({*batches[0], *batches[1]}) == 10
-    assert [part.flatten().tolist() for part, _ in drawn] == batches
-
-
 def test_document_has_verdicts_and_curves_on_its_first_screen(result: Comparison) -> None:
     document = result.document()
     first = document.sections[0].blocks
@@ -427,16 +413,3 @@ def test_passed_model_is_never_trained(data: Arrays) -> None:
     found = small(data, lambda: shared, steps=3)
     assert all(torch.equal(before[name], value) for name, value in shared.state_dict().items())
     assert any("same weights for every seed" in note for note in found.notes)
-
-
-def test_initialization_suits_the_activation() -> None:
-    from batchnorm.comparison.networks import network
-
-    build: Callable[..., nn.Module] = network("deep-mlp").build
-    linear = [module for module in build((64,), 10).modules() if isinstance(module, nn.Linear)]
-    # He: variance 2/fan_in before ReLU; Xavier: 2/(fan_in + fan_out) at the output
-    assert float(
-        torch.stack([layer.weight.detach().var() for layer in linear[1:10]]).mean()
-    ) == pytest.approx(0.02, rel=0.03)
-    assert float(linear[10].weight.detach().var()) == pytest.approx(2 / 110, rel=0.15)
-    assert all(not layer.bias.any() for layer in linear)

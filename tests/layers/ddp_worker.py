@@ -1,6 +1,7 @@
 """One process of the distributed test: a layer under DistributedDataParallel, trained on a share of the batches."""
 
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -24,8 +25,8 @@ def network() -> nn.Module:
 
 
 def main(rank: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder / 'rendezvous'}", rank=rank, world_size=WORLD)
+    where = f"file://{folder / 'rendezvous'}"
+    dist.init_process_group("gloo", where, timedelta(seconds=60), WORLD, rank)
     model = nn.parallel.DistributedDataParallel(network())
     gradients = []
     for step in range(STEPS):
@@ -38,4 +39,5 @@ def main(rank: int, folder: Path) -> None:
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)
     main(int(sys.argv[1]), Path(sys.argv[2]))

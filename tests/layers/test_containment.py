@@ -13,7 +13,9 @@ BAD = [float("nan"), float("inf"), -float("inf")]
 OTHERS = [0, 2, 3]
 
 
-def step(x: Tensor, dy: Tensor, r: Tensor | None, activation: str | None, backend: str | None) -> dict[str, Tensor]:
+def step(
+    x: Tensor, dy: Tensor, r: Tensor | None, activation: str | None, backend: str | None
+) -> dict[str, Tensor]:
     layer = batchnorm.BatchNorm2d(4, activation=activation, backend=backend)
     leaves = {"x": leaf(x), "r": leaf(r), "weight": layer.weight, "bias": layer.bias}
     wanted = {name: value for name, value in leaves.items() if value is not None}
@@ -47,7 +49,9 @@ def test_other_channels_do_not_change_by_a_bit(place: str, layout: str, backend:
 @pytest.mark.parametrize("momentum", [0.1, None])
 @pytest.mark.parametrize("backend", [None, "reference"])
 @pytest.mark.parametrize("bad", BAD, ids=str)
-def test_skip_leaves_the_bad_channels_statistics_alone(bad: float, backend: str | None, momentum: float | None) -> None:
+def test_skip_leaves_the_bad_channels_statistics_alone(
+    bad: float, backend: str | None, momentum: float | None
+) -> None:
     layers = {
         name: batchnorm.BatchNorm1d(3, nonfinite=name, momentum=momentum, backend=backend)
         for name in ("skip", "propagate")

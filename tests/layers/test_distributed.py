@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import torch
-import torch.distributed
 from helpers import same_bits
 
 WORKER = Path(__file__).with_name("ddp_worker.py")
@@ -19,28 +18,27 @@ spec.loader.exec_module(worker)
 
 
 def test_two_processes_average_the_gradients_of_one_process_each(tmp_path: Path) -> None:
+    # This process is rank 0, for a second child would import torch a second time.
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(WORKER), str(rank), str(tmp_path)],
-            env=environment,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(worker.WORLD)
-    ]
-    for process in processes:
-        _, errors = process.communicate(timeout=60)
-        assert process.returncode == 0, errors
+    child = subprocess.Popen(
+        [sys.executable, str(WORKER), "1", str(tmp_path)], env=environment, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        worker.main(0, tmp_path)
+        _, errors = child.communicate(timeout=60)
+    finally:
+        child.kill()
+    assert child.returncode == 0, errors
     results = [torch.load(tmp_path / f"{rank}.pt") for rank in range(worker.WORLD)]
 
     alone = [worker.network() for _ in range(worker.WORLD)]
+    sent: list[torch.Tensor] = []
     for step in range(worker.STEPS):
         for rank, model in enumerate(alone):
             x, dy = worker.share(rank, step)
-            if step:  # DDP sends rank 0's buffers to every rank before each call
-                for mine, first in zip(model.buffers(), sent, strict=True):
-                    mine.copy_(first)
+            # DistributedDataParallel sends rank 0's buffers to every rank before each call.
+            for mine, first in zip(model.buffers(), sent or model.buffers(), strict=True):
+                mine.copy_(first)
             model.zero_grad()
             model(x).backward(dy)
         sent = [value.clone() for value in alone[0].buffers()]

@@ -36,12 +36,18 @@ def call(given: dict[str, Any], running: tuple[Tensor, Tensor] | None, **options
     )  # fmt: skip
 
 
-def composition(given: dict[str, Any], running: tuple[Tensor, Tensor] | None, activation: str | None) -> Tensor:
+def composition(
+    given: dict[str, Any], running: tuple[Tensor, Tensor] | None, activation: str | None
+) -> Tensor:
     """The same call in PyTorch's operators; the mask only where it does not change the statistics."""
     stats = (None, None) if running is None else running
     y = F.batch_norm(given["input"], *stats, given["weight"], given["bias"], running is None)
     y = y if given["residual"] is None else y + given["residual"]
-    y = F.leaky_relu(y, SLOPE) if activation == "leaky_relu" else getattr(F, activation or "identity", lambda z: z)(y)
+    y = (
+        F.leaky_relu(y, SLOPE)
+        if activation == "leaky_relu"
+        else getattr(F, activation or "identity", lambda z: z)(y)
+    )
     return y if given["mask"] is None else torch.where(given["mask"].unsqueeze(1), y, 0)
 
 
@@ -51,13 +57,20 @@ def composition(given: dict[str, Any], running: tuple[Tensor, Tensor] | None, ac
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_output_and_gradients(
-    dtype: torch.dtype, activation: str | None, residual: bool, masked: bool, training: bool, backend: str | None
+    dtype: torch.dtype,
+    activation: str | None,
+    residual: bool,
+    masked: bool,
+    training: bool,
+    backend: str | None,
 ) -> None:
     given = {
         name: leaf(value) if name != "mask" else value
         for name, value in arguments(dtype, residual, masked).items()
     }
-    running = None if training else (torch.tensor([0.5, -1, 2]).to(dtype), torch.tensor([1, 3, 0.25]).to(dtype))
+    running = (
+        None if training else (torch.tensor([0.5, -1, 2]).to(dtype), torch.tensor([1, 3, 0.25]).to(dtype))
+    )
     dy = torch.randn(4, 3, 5).to(dtype)
     y = call(given, running, activation=activation, backend=backend)
     wanted = [name for name in ("input", "weight", "bias", "residual") if given[name] is not None]
@@ -110,11 +123,16 @@ def test_gradcheck(activation: str | None, residual: bool, masked: bool, trainin
 
 
 def test_gradgradcheck_in_slow_mode_of_the_plain_backend() -> None:
-    x, weight, bias = leaf(torch.randn(4, 2, dtype=torch.float64)), *map(leaf, torch.randn(2, 2, dtype=torch.float64))
+    x, weight, bias = (
+        leaf(torch.randn(4, 2, dtype=torch.float64)),
+        *map(leaf, torch.randn(2, 2, dtype=torch.float64)),
+    )
     for training in (True, False):
         stats = (torch.zeros(2).double(), torch.ones(2).double())
 
-        def function(x: Tensor, weight: Tensor, bias: Tensor, training: bool = training, stats: Any = stats) -> Tensor:
+        def function(
+            x: Tensor, weight: Tensor, bias: Tensor, training: bool = training, stats: Any = stats
+        ) -> Tensor:
             copies = [value.clone() for value in stats]
             return batchnorm.batch_norm(x, *copies, weight, bias, training)
 
@@ -183,7 +201,9 @@ def test_residual_and_gradient_in_another_layout(layout: str, other: str, backen
 @pytest.mark.parametrize("backend", [None, "reference"])
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("shape", [(3, 4, 5, 2), (2, 3, 4, 2, 3)], ids=str)
-def test_memory_format_is_kept(shape: tuple[int, ...], training: bool, backend: str | None, layout: str) -> None:
+def test_memory_format_is_kept(
+    shape: tuple[int, ...], training: bool, backend: str | None, layout: str
+) -> None:
     fresh = {4: torch.channels_last, 5: torch.channels_last_3d}[len(shape)]
     memory_format = fresh if layout == "channels_last" else torch.contiguous_format
     x, residual, dy = (torch.randn(shape).contiguous(memory_format=memory_format) for _ in range(3))

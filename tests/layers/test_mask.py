@@ -101,7 +101,9 @@ def test_fractional_weights_against_the_oracle() -> None:
     weight = leaf(torch.randn(3))
     running = (torch.zeros(3), torch.ones(3))
     a = leaf(x)
-    y = batchnorm.batch_norm(a, *running, weight, training=True, activation="leaky_relu", negative_slope=0.2, mask=mask)
+    y = batchnorm.batch_norm(
+        a, *running, weight, training=True, activation="leaky_relu", negative_slope=0.2, mask=mask
+    )
     expected = oracle(x, dy, weight=weight, activation="leaky_relu", mask=mask)
     gradients = torch.autograd.grad(y, [a, weight], dy)
     assert error(y, expected.output) < 3e-7

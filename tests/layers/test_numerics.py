@@ -3,10 +3,9 @@
 import itertools
 from collections.abc import Iterator
 
-import numpy as np
 import pytest
 import torch
-from helpers import EXACT, error, lay_out, leaf, moved, oracle, same_bits, ulps
+from helpers import EXACT, error, lay_out, leaf, moved, oracle, real, same_bits, ulps
 from torch import Tensor
 
 import batchnorm
@@ -16,10 +15,20 @@ NAMES = ("output", "grad_input", "grad_weight", "grad_bias")
 
 
 def draw(layout: str) -> Tensor:
-    return lay_out(torch.randn(LAYOUTS[layout], dtype=torch.float64), layout if layout != "rows" else "contiguous")
+    return lay_out(
+        torch.randn(LAYOUTS[layout], dtype=torch.float64), layout if layout != "rows" else "contiguous"
+    )
 
 
-def held(x: Tensor, dy: Tensor, bound: float, *, activation: str | None = None, eps: float = 1e-5) -> None:
+def held(
+    x: Tensor,
+    dy: Tensor,
+    bound: float,
+    *,
+    parameter_bound: float | None = None,
+    activation: str | None = None,
+    eps: float = 1e-5,
+) -> None:
     """Assert that a training step is within `bound` of the truth, and that its running statistics are exact."""
     channels = x.shape[1]
     weight, bias = (torch.rand(2, channels, dtype=torch.float64) + 0.5).to(x.dtype)
@@ -34,7 +43,8 @@ def held(x: Tensor, dy: Tensor, bound: float, *, activation: str | None = None, 
     results = (y, *torch.autograd.grad(y, leaves, dy))
     for name, result in zip(NAMES, results, strict=True):
         assert result.dtype == x.dtype
-        assert error(result, getattr(expected, name)) <= bound, name
+        room = parameter_bound or bound if name in ("grad_weight", "grad_bias") else bound
+        assert error(result, getattr(expected, name)) <= room, name
     assert ulps(running[0], moved(start[0], expected.mean, 0.3)) <= 2
     var = moved(start[1], unbiased, 0.3)
     if float(var.max()) < torch.finfo(torch.float32).max:
@@ -55,9 +65,12 @@ def test_offsets(offset: float, layout: str) -> None:
 @pytest.mark.parametrize("offset", [0.0, 1e6, 1e7], ids=str)
 @pytest.mark.parametrize("gradient_offset", [1e3, -1e6], ids=str)
 def test_gradient_offsets(gradient_offset: float, offset: float, layout: str) -> None:
-    # Both at their ends: dx is what 13 digits of cancellation leave of a sum in float64.
-    bound = 1e-6 if abs(offset * gradient_offset) > 1e12 else EXACT[torch.float32]
-    held((draw(layout) + offset).float(), (draw(layout) + gradient_offset).float(), bound)
+    # Both at their ends: dx is what 13 digits of cancellation leave of a sum in float64. The gradient of the
+    # weight, Σg·x̂, cancels whenever both are far from 0, since x̂ has the rounding of the mean.
+    ends = abs(offset * gradient_offset)
+    bound = 1e-6 if ends > 1e12 else EXACT[torch.float32]
+    x, dy = (draw(layout) + offset).float(), (draw(layout) + gradient_offset).float()
+    held(x, dy, bound, parameter_bound=1e-5 if ends >= 1e12 else None)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -72,7 +85,9 @@ def test_tiny_values_with_a_tiny_eps() -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize(("offset", "bound"), [(0.0, 1e-14), (10.0, 1e-14), (1e3, 1e-12), (1e7, 1e-12)], ids=str)
+@pytest.mark.parametrize(
+    ("offset", "bound"), [(0.0, 1e-14), (10.0, 1e-14), (1e3, 1e-12), (1e7, 1e-12)], ids=str
+)
 def test_float64(offset: float, bound: float, layout: str) -> None:
     held(draw(layout) + offset, draw(layout), bound)
     held(draw(layout) + offset, draw(layout), bound, activation="silu")
@@ -110,7 +125,7 @@ def test_constant_channel_gives_exactly_the_bias(rows: int, value: float, dtype:
         assert gradients[1][0] == 0
         assert gradients[0].isfinite().all()
     assert running[1][0] == torch.tensor(0.9)
-    assert ulps(running[0][:1], np.asarray(x[:1, 0].detach().double().numpy(), np.longdouble) * np.longdouble("0.1")) <= 2
+    assert ulps(running[0][:1], moved(torch.zeros(1), real(x[0, :1]), 0.1)) <= 2
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -164,7 +179,9 @@ def test_same_bits_for_any_threads_layout_and_from_run_to_run(shape: tuple[int, 
     x, r, dy = (torch.randn(shape) * 3 + 40 for _ in range(3))
     mask = torch.rand(shape[0], *shape[2:]) < 0.8
     seen: list[tuple[Tensor, ...]] = []
-    for threads, layout in itertools.chain(itertools.product([1, 2], ["contiguous", "channels_last"]), [(2, "sliced")]):
+    for threads, layout in itertools.chain(
+        itertools.product([1, 2], ["contiguous", "channels_last"]), [(2, "sliced")]
+    ):
         torch.set_num_threads(threads)
         a, b = leaf(lay_out(x, layout)), leaf(r)
         weight, bias = leaf(torch.full((3,), 1.3)), leaf(torch.full((3,), -0.2))

@@ -71,7 +71,9 @@ def test_groups_are_a_loop(weights: str, residual: bool, masked: bool, activatio
     by_autograd = dict(
         zip(
             wanted,
-            torch.autograd.grad(forward(leaves, GROUPS, activation)[0], [leaves[name] for name in wanted], dy),
+            torch.autograd.grad(
+                forward(leaves, GROUPS, activation)[0], [leaves[name] for name in wanted], dy
+            ),
             strict=True,
         )
     )
@@ -205,7 +207,9 @@ def samples() -> dict[str, list[tuple[Any, ...]]]:
     one = torch.full((1, 2), 2.0, dtype=torch.float64)
     for tracked in (None, torch.tensor(1)):
         buffers = (torch.zeros(2), torch.ones(2), tracked)
-        calls["update_running_"].append((*buffers, one, one, torch.full((1, 1), 9.0).double(), 0.1, True, "reference"))
+        calls["update_running_"].append(
+            (*buffers, one, one, torch.full((1, 1), 9.0).double(), 0.1, True, "reference")
+        )
     return calls
 
 
@@ -214,7 +218,9 @@ NAMES = ["forward", "backward", "moments", "normalize", "grad_sums", "grad_input
 
 def test_these_are_all_the_operators() -> None:
     registered = torch._C._dispatch_get_all_op_names()
-    assert sorted(name.split("::")[1] for name in registered if name.startswith("batchnorm::")) == sorted(NAMES)
+    assert sorted(name.split("::")[1] for name in registered if name.startswith("batchnorm::")) == sorted(
+        NAMES
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)

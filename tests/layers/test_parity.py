@@ -9,11 +9,26 @@ from torch import Tensor, nn
 
 import batchnorm
 
-OURS = {2: batchnorm.BatchNorm1d, 3: batchnorm.BatchNorm1d, 4: batchnorm.BatchNorm2d, 5: batchnorm.BatchNorm3d}
+OURS = {
+    2: batchnorm.BatchNorm1d,
+    3: batchnorm.BatchNorm1d,
+    4: batchnorm.BatchNorm2d,
+    5: batchnorm.BatchNorm3d,
+}
 TORCHS = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 BACKENDS = [None, "reference"]
-SHAPES = [(7, 3), (5, 1), (5, 3, 9), (1, 2, 6), (5, 1, 1), (3, 5, 4, 7), (1, 3, 5, 5), (5, 9, 1, 1), (2, 3, 3, 1, 5)]
+SHAPES = [
+    (7, 3),
+    (5, 1),
+    (5, 3, 9),
+    (1, 2, 6),
+    (5, 1, 1),
+    (3, 5, 4, 7),
+    (1, 3, 5, 5),
+    (5, 9, 1, 1),
+    (2, 3, 3, 1, 5),
+]
 LAYOUTS = ["contiguous", "channels_last", "sliced"]
 # An expanded batch repeats one sample, so the sample itself must vary, and there must be a second one.
 CASES = [(shape, layout) for shape in SHAPES for layout in LAYOUTS]
@@ -97,7 +112,9 @@ def test_results_are_as_near_the_truth_as_torchs(
         ("bias", expected.grad_bias),
     ):
         assert (mine[name].dtype, mine[name].shape) == (dtype, other[name].shape)
-        allowed = EXACT[dtype] if backend == "reference" else max(EXACT[dtype], 1.5 * error(other[name], truth))
+        allowed = (
+            EXACT[dtype] if backend == "reference" else max(EXACT[dtype], 1.5 * error(other[name], truth))
+        )
         assert error(mine[name], truth) <= allowed, name
     assert_same_state(ours, torchs)
     assert ours.num_batches_tracked.item() == int(training)
@@ -139,8 +156,12 @@ def test_half_input_with_float32_parameters(dtype: torch.dtype, training: bool, 
     assert {name: value.dtype for name, value in mine.items()} == {
         name: value.dtype for name, value in other.items()
     }
-    assert error(mine["output"], expected.output) <= max(EXACT[dtype], 1.5 * error(other["output"], expected.output))
-    assert error(mine["weight"], expected.grad_weight) <= max(3e-7, 1.5 * error(other["weight"], expected.grad_weight))
+    assert error(mine["output"], expected.output) <= max(
+        EXACT[dtype], 1.5 * error(other["output"], expected.output)
+    )
+    assert error(mine["weight"], expected.grad_weight) <= max(
+        3e-7, 1.5 * error(other["weight"], expected.grad_weight)
+    )
     if backend == "reference":  # the statistics are as good as in float32
         assert error(mine["output"], expected.output) <= EXACT[dtype]
         assert error(mine["grad_input"], expected.grad_input) <= EXACT[dtype]

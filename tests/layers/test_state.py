@@ -28,7 +28,9 @@ ids = [ours.__name__ for ours, _, _ in PAIRS]
 
 
 @pytest.mark.parametrize(("ours", "torchs", "shape"), PAIRS, ids=ids)
-def test_is_a_torch_batch_norm_with_torchs_constructor(ours: Any, torchs: Any, shape: tuple[int, ...]) -> None:
+def test_is_a_torch_batch_norm_with_torchs_constructor(
+    ours: Any, torchs: Any, shape: tuple[int, ...]
+) -> None:
     assert issubclass(ours, torchs)
     mine = inspect.signature(ours).parameters
     for name, parameter in inspect.signature(torchs).parameters.items():
@@ -54,7 +56,9 @@ def test_is_a_torch_batch_norm_with_torchs_constructor(ours: Any, torchs: Any, s
     ids=str,
 )
 @pytest.mark.parametrize(("ours", "torchs", "shape"), PAIRS, ids=ids)
-def test_state_dict_both_ways(ours: Any, torchs: Any, shape: tuple[int, ...], options: dict[str, Any]) -> None:
+def test_state_dict_both_ways(
+    ours: Any, torchs: Any, shape: tuple[int, ...], options: dict[str, Any]
+) -> None:
     source, target = ours(3, **options), torchs(3, **options)
     for a, b in ((source, target), (target, source)):
         with torch.no_grad():
@@ -126,7 +130,10 @@ def test_toggled_track_running_stats(start: bool, backend: str | None) -> None:
 
 def test_switching_tracking_on_without_buffers_does_as_torch() -> None:
     outcomes = []
-    for layer in (batchnorm.BatchNorm1d(3, track_running_stats=False), nn.BatchNorm1d(3, track_running_stats=False)):
+    for layer in (
+        batchnorm.BatchNorm1d(3, track_running_stats=False),
+        nn.BatchNorm1d(3, track_running_stats=False),
+    ):
         layer.track_running_stats = True
         torch.manual_seed(1)
         outcomes.append(layer(torch.randn(6, 3)))
@@ -146,7 +153,9 @@ def test_reset_running_stats_and_parameters() -> None:
 
 
 @pytest.mark.parametrize(("lazy", "torchs", "becomes", "shape"), LAZY, ids=[row[0].__name__ for row in LAZY])
-def test_lazy_layer_becomes_the_plain_one(lazy: Any, torchs: Any, becomes: Any, shape: tuple[int, ...]) -> None:
+def test_lazy_layer_becomes_the_plain_one(
+    lazy: Any, torchs: Any, becomes: Any, shape: tuple[int, ...]
+) -> None:
     layer = lazy(eps=1e-3, momentum=0.3, activation="relu", nonfinite="skip", backend="reference")
     other = torchs(eps=1e-3, momentum=0.3)
     assert isinstance(layer, torchs)
@@ -170,7 +179,9 @@ def test_lazy_layer_takes_shape_from_a_checkpoint() -> None:
     assert type(layer) is batchnorm.BatchNorm2d
 
 
-@pytest.mark.parametrize("options", [{"affine": False}, {"bias": False}, {"track_running_stats": False}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"affine": False}, {"bias": False}, {"track_running_stats": False}], ids=str
+)
 def test_lazy_layer_options(options: dict[str, Any]) -> None:
     layer, other = batchnorm.LazyBatchNorm1d(**options), nn.LazyBatchNorm1d(**options)
     x = torch.randn(5, 3)
@@ -180,7 +191,9 @@ def test_lazy_layer_options(options: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("way", ["deepcopy", "pickle", "torch.save"])
 def test_copies_are_equal_and_apart(way: str) -> None:
-    layer = batchnorm.BatchNorm2d(3, activation="silu", negative_slope=0.3, nonfinite="skip", backend="reference")
+    layer = batchnorm.BatchNorm2d(
+        3, activation="silu", negative_slope=0.3, nonfinite="skip", backend="reference"
+    )
     x, residual = torch.randn(4, 3, 5, 5), torch.randn(4, 3, 5, 5)
     layer(x)
     if way == "deepcopy":

@@ -7,7 +7,7 @@ import pytest
 
 from batchnorm._errors import MissingDependencyError
 from batchnorm.report import html
-from batchnorm.report.document import Document, Figure, Paragraph, Section, Table, Verdict
+from batchnorm.report.document import COLOURS, Document, Figure, Paragraph, Section, Table, Verdict
 
 EVIL = "</script><script>alert('x')</script><img src=x onerror=alert(1)>\"'&"
 
@@ -118,6 +118,12 @@ def test_plotly_is_inside_where_there_is_a_figure_and_only_there(document: Docum
     bare = Document("T", "V", [Section("S", [Paragraph("p")])])
     assert len(html.render(document)) > 1_000_000
     assert len(html.render(bare)) < 30_000
+
+
+@pytest.mark.parametrize("name", COLOURS)
+def test_every_colour_has_a_value_for_day_and_night(name: str) -> None:
+    assert html._asset("page.css").count(f"  --{name}: ") == 2
+    assert f'"{name}"' in html._asset("page.js")
 
 
 def test_equal_documents_make_equal_pages(document: Document) -> None:

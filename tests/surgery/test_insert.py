@@ -318,6 +318,22 @@ def test_an_untraceable_model_of_sequences_keeps_its_linear_layers() -> None:
     assert "the model holds Embedding" in reasons(changes)["fc"]
 
 
+def test_the_end_of_a_sequence_may_be_cut_off_before_the_activation() -> None:
+    class Causal(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.out = nn.Conv1d(2, 3, 3, padding=2), nn.Linear(3, 1)
+
+        def forward(self, x):
+            y = self.out(torch.relu(self.conv(x)[:, :, :-2].contiguous())[:, :, -1])
+            return y.view(y.size(0))
+
+    changes = batchnorm.insert(Causal())
+    assert names(changes) == ["conv"]
+    assert reasons(changes) == {"out": "its output is the model's output"}
+    train_one_step(changes.model, torch.randn(4, 2, 6))
+
+
 @pytest.mark.parametrize("wrap", [nn.DataParallel, lambda net: torch.compile(net, backend="eager")])
 def test_a_wrapped_model_is_traced_inside(wrap) -> None:
     changes = batchnorm.insert(wrap(Residual(True)))

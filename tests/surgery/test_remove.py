@@ -181,6 +181,13 @@ def test_one_batch_norm_behind_two_layers() -> None:
     assert changes.model.norm is changes.model.same
 
 
+def test_a_layer_whose_channels_are_not_those_of_the_batch_norm_gets_no_bias() -> None:
+    net = nn.Sequential(nn.Linear(3, 8, bias=False), nn.Unflatten(1, (2, 4)), nn.BatchNorm1d(2))
+    changes = batchnorm.remove(net)
+    assert changes.changed[0].note == "0 not given a bias: its channels are not the batch norm's"
+    assert changes.model[0].bias is None
+
+
 class PreActivated(nn.Module):
     """Batch norm before the convolution; the order of definition misleads, the trace does not."""
 

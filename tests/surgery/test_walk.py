@@ -116,6 +116,16 @@ def test_revert_in_the_wrong_order_is_refused_and_the_right_order_works() -> Non
     assert net[0].bias is None
 
 
+def test_revert_refuses_a_place_that_holds_something_else_now() -> None:
+    net = nn.Sequential(nn.BatchNorm1d(2), nn.BatchNorm1d(2))
+    changes = batchnorm.remove(net, inplace=True)
+    stranger = net[1] = nn.Identity()
+    with pytest.raises(batchnorm.ModelError, match="something else has changed"):
+        changes.revert()
+    assert net[1] is stranger
+    assert type(net[0]) is nn.Identity
+
+
 def test_the_report_in_all_its_forms(tmp_path) -> None:
     net = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
     net.register_module("a<b", nn.Identity())

@@ -149,9 +149,9 @@ class LiveDisplay(Display):
             lr, seed = self.pair
             title.append(f"   learning rate {lr:g}, seed {seed}", style="not bold dim")
         title.no_wrap, title.overflow = True, "ellipsis"
-        # The scale of the calmer curve: a diverging loss would flatten the other one.
+        # A diverging loss would flatten the other curve, so it may leave the scale.
         tops = [max(known) for curve in self.curves.values() if (known := _finite(curve))]
-        low, high = 0.0, min(tops, default=1.0)
+        low, high = 0.0, min(max(tops), 2 * min(tops)) if tops else 1.0
         grid = Table.grid(padding=(0, 2))
         for _ in range(4):
             grid.add_column(no_wrap=True)

@@ -48,11 +48,15 @@ def command(
         list[float] | None,
         typer.Option(metavar="RATE", help="Learning rate; give it several times for a sweep."),
     ] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Pairs of trainings at each learning rate.")] = 3,
-    steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps of each training.")] = None,
-    batch_size: Annotated[int | None, typer.Option(min=2, help="Samples in a batch.")] = None,
+    seeds: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Pairs of trainings at each learning rate.")
+    ] = 3,
+    steps: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Optimizer steps of each training.")
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(min=2, metavar="N", help="Samples in a batch.")] = None,
     optimizer: Annotated[Optimizer, typer.Option(help="Optimizer.")] = Optimizer.SGD,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps, ...")] = "auto",
+    device: Annotated[str, typer.Option(metavar="NAME", help="auto, cpu, cuda, cuda:1, mps, ...")] = "auto",
     out: Annotated[Path, typer.Option(metavar="FILE", help="The report, one HTML file.")] = Path(
         "batchnorm-report.html"
     ),

@@ -43,7 +43,7 @@ def accuracy_curves(summary: Summary, runs: Sequence[Run]) -> Figure:
         title="Test accuracy against training steps",
         data=data,
         layout=_layout("training steps", "test accuracy", {"tickformat": ".0%"}),
-        alt=f"Two rising curves. With batch norm the accuracy ends at {final[0]}, without at {final[1]}.",
+        alt=f"Accuracy of both networks. With batch norm it ends at {final[0]}, without at {final[1]}.",
         caption=f"Each network at its best learning rate; line: mean of {len(summary.seeds)}, band: lowest to highest.",
         height=420,
     )

@@ -27,6 +27,9 @@ def method(
     notes = [_network(setup), _training(setup, data), _selection(setup), _intervals(setup, summary)]
     if footing is not None:
         notes.append(_footing(footing))
+    if pair.skipped:
+        verb = "got no batch norm" if setup.how == "insert" else "kept their batch norm"
+        notes.append(f"{pair.skipped} further places {verb}; `batchnorm.{setup.how}` says why.")
     notes += _warnings(setup, summary, data, dropped, same_weights)
     return (*notes, *pair.notes)
 

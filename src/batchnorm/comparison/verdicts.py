@@ -49,17 +49,17 @@ def speed(summary: Summary) -> Verdict:
         f"The best test accuracy of the network without batch norm ({goal}) is reached after {normalized:.0f} steps "
         f"with batch norm and {plain:.0f} without ({_seeds(target.ratio.n)})."
     )
-    text = f"{facts} {_nearly(summary)}{_time(summary, target.ratio.mean)}"
-    return _judged_ratio(label, target.ratio, text)
+    return _judged_ratio(label, target.ratio, facts, f"{_nearly(summary)}{_time(summary, target.ratio.mean)}")
 
 
 def accuracy(summary: Summary) -> Verdict:
     """Whether the best test accuracy differs, each network at its own best rate."""
     plain, normalized = _mean(summary.plain.best), _mean(summary.normalized.best)
     text = (
-        f"Best test accuracy: {percent(normalized)} with batch norm, {percent(plain)} without, each at its best "
-        f"learning rate ({summary.normalized.best_lr:g} and {summary.plain.best_lr:g}); at the end of training "
-        f"{percent(_mean(summary.normalized.final))} and {percent(_mean(summary.plain.final))}."
+        f"Best test accuracy: {percent(normalized)} with batch norm, {percent(plain)} without. Each at its best "
+        f"learning rate ({summary.normalized.best_lr:g} and {summary.plain.best_lr:g}). At the end of training: "
+        f"{percent(_mean(summary.normalized.final))} and {percent(_mean(summary.plain.final))}"
+        f"{_at_the_end(summary.final_difference)}."
     )
     if summary.plain.edge in ("lowest", "highest"):
         text += (
@@ -95,13 +95,12 @@ def rates(summary: Summary) -> Verdict:
 
 def footing(found: Footing) -> Verdict:
     """Whether batches have the same distribution after normalization."""
-    text = f"How far batches lie from the average batch, mean and spread, at {found.place}: "
+    text = f"After normalization, batch means lie {found.after.mean:.3f} σ from the average"
     if found.without is not None:
-        text += f"{_offsets(found.without)} in the network without batch norm; with it "
-    text += (
-        f"{_offsets(found.before)} before normalization and {_offsets(found.after)} after (root mean square over "
-        f"{found.batches} batches)."
-    )
+        text += f"; without batch norm, {found.without.mean:.3f} σ"
+    text += f". Mean and spread at {found.place}, root mean square over {found.batches} batches: "
+    text += f"before normalization {_offsets(found.before)}, after it {_offsets(found.after)}"
+    text += "." if found.without is None else f", without batch norm {_offsets(found.without)}."
     if found.sampling is not None:
         text += f" Drawing {found.values} samples at random moves a mean by about {found.sampling:.3f} σ by itself."
     first = max(found.before.mean, found.before.spread)
@@ -139,12 +138,13 @@ def headline(summary: Summary, model: str, data: str) -> str:
     return f"With batch norm, {model} on {data} {_join(claims)}."
 
 
-def _judged_ratio(label: str, ratio: Interval, text: str) -> Verdict:
+def _judged_ratio(label: str, ratio: Interval, facts: str, more: str) -> Verdict:
     better = ratio.mean >= 1
     claim = f"{ratio.mean:.1f}× fewer steps" if better else f"{1 / ratio.mean:.1f}× more steps"
     if ratio.low is None:
-        return Verdict(label, claim, f"{text} One seed: no interval, so chance is not excluded.", "neutral")
-    text = f"{text} 95 % interval of the ratio: {ratio.low:.1f} to {ratio.high:.1f}."
+        text = f"{facts} One seed: no interval, so chance is not excluded. {more}"
+        return Verdict(label, claim, text, "neutral")
+    text = f"{facts} Ratio {ratio.mean:.1f}, 95 % interval {ratio.low:.1f} to {ratio.high:.1f}. {more}"
     if not ratio.excludes(1):
         return Verdict(label, NO_DIFFERENCE, text, "neutral")
     return Verdict(label, claim, text, "good" if better else "bad")
@@ -154,7 +154,7 @@ def _judged_difference(label: str, difference: Interval, text: str) -> Verdict:
     claim = points(difference.mean)
     if difference.low is None or difference.high is None:
         return Verdict(label, claim, f"{text} One seed: no interval, so chance is not excluded.", "neutral")
-    text = f"{text} Paired difference {claim}, 95 % interval {span(difference)}."
+    text = f"{text} Paired difference of the best {claim}, 95 % interval {span(difference)}."
     if not difference.excludes(0):
         return Verdict(label, NO_DIFFERENCE, text, "neutral")
     return Verdict(label, claim, text, "good" if difference.mean > 0 else "bad")
@@ -177,6 +177,13 @@ def _never_trained(summary: Summary) -> str:
         f"Without batch norm the network trains at none of these learning rates; {partner}. Its initialization or the "
         "sweep may be the reason."
     )
+
+
+def _at_the_end(difference: Interval) -> str:
+    if difference.low is None:
+        return ""
+    seen = "" if difference.excludes(0) else f": {NO_DIFFERENCE}"
+    return f" (paired difference {points(difference.mean)}, {span(difference)}{seen})"
 
 
 def _nearly(summary: Summary) -> str:

@@ -31,6 +31,7 @@ __all__ = [
     "is_passing",
     "is_producer",
     "width",
+    "words",
 ]
 
 Producer = (
@@ -80,17 +81,18 @@ _NORM_NAMES = ("batchnorm", "groupnorm", "instancenorm", "layernorm", "rmsnorm")
 _DROP_NAMES = ("droppath", "stochasticdepth", "dropblock2d")
 
 
-def _words(text: str) -> frozenset[str]:
+def words(text: str) -> frozenset[str]:
+    """The words of a text, each once."""
     return frozenset(text.split())
 
 
 def _functions(names: str, *spaces: Any) -> frozenset[Callable[..., Any]]:
     """The functions of these names, in torch.nn.functional and torch where no other space is given."""
-    found = (getattr(space, name, None) for name in _words(names) for space in spaces or (F, torch))
+    found = (getattr(space, name, None) for name in words(names) for space in spaces or (F, torch))
     return frozenset(function for function in found if function is not None)
 
 
-ACTIVATION_METHODS = _words(
+ACTIVATION_METHODS = words(
     "relu relu_ sigmoid sigmoid_ tanh tanh_ celu celu_ elu elu_ gelu hardswish hardtanh hardtanh_ leaky_relu "
     "leaky_relu_ mish prelu relu6 selu selu_ silu softplus hardsigmoid"
 )
@@ -103,7 +105,7 @@ ADDITION_METHODS = frozenset({"add", "add_", "__add__", "__iadd__", "__radd__"})
 ADDITION_FUNCTIONS = frozenset({operator.add, operator.iadd, torch.add})
 # What leaves every value in its channel, or moves it without mixing it with another: the batch norm may stand
 # before it. Pooling, resizing and concatenation belong here, convolutions and products do not.
-PASSING_METHODS = _words(
+PASSING_METHODS = words(
     "contiguous clone float half bfloat16 double to type_as flatten unflatten permute movedim reshape squeeze "
     "swapaxes transpose unsqueeze view"
 )

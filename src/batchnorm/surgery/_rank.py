@@ -6,6 +6,7 @@ from typing import Any
 from torch import fx, nn
 from torch.nn.modules.transformer import TransformerDecoder, TransformerDecoderLayer, TransformerEncoder
 
+from batchnorm.surgery._kinds import words
 from batchnorm.surgery._trace import Traced
 
 __all__ = ["ranks"]
@@ -21,9 +22,15 @@ _SEQUENCES = (
 )
 _ND = re.compile(r"(?:conv|convtranspose|conv_transpose|pool|norm)([123])d$")
 # Whatever the result of these has for axes, it is not what their input has.
-_UNKNOWN = frozenset(
-    ("einsum", "matmul", "mm", "bmm", "size", "unbind", "dim", "item", "getattr", "tensor_split", "nonzero")
+_UNKNOWN = words(
+    "bmm dim dist einsum getattr item matmul mm mv ndimension nonzero norm numel one_hot outer size tolist unbind"
 )
+# `squeeze` is among them: it is taken to find the axis of length 1 that it was written for.
+_REDUCTIONS = words(
+    "all amax amin any argmax argmin logsumexp max mean median min mode nanmean prod squeeze std sum var"
+)
+# These give a tuple, each entry with the axes that the whole is said to have.
+_TUPLES = words("chunk kthvalue max median min mode sort split topk")
 
 
 def ranks(traced: Traced) -> dict[fx.Node, int]:
@@ -43,6 +50,10 @@ def ranks(traced: Traced) -> dict[fx.Node, int]:
         if rank is not None:
             known[node] = rank
     return known
+
+
+def _name(node: fx.Node) -> str:
+    return node.target if isinstance(node.target, str) else str(getattr(node.target, "__name__", ""))
 
 
 def _first(node: fx.Node, known: dict[fx.Node, int]) -> int | None:
@@ -83,7 +94,7 @@ def _numbers(values: Any) -> list[Any]:
 
 
 def _of_call(node: fx.Node, known: dict[fx.Node, int]) -> int | None:
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    name = _name(node)
     rank, rest, options = _first(node, known), node.args[1:], dict(node.kwargs)
     if name == "flatten":
         return _flattened(rank, *_pair(rest, options))
@@ -94,7 +105,7 @@ def _of_call(node: fx.Node, known: dict[fx.Node, int]) -> int | None:
         return None if unclear else len(shape)
     if name == "permute":
         return len(_numbers(rest)) or rank
-    if name in ("mean", "sum", "amax", "amin", "std", "var", "median", "squeeze", "max", "min"):
+    if name in _REDUCTIONS:
         return _reduced(rank, rest, options)
     if name in ("unsqueeze", "stack"):
         return None if rank is None else rank + 1
@@ -126,9 +137,12 @@ def _reduced(rank: int | None, rest: tuple[Any, ...], options: dict[str, Any]) -
 
 def _indexed(node: fx.Node, rank: int | None) -> int | None:
     source, index = node.args[0], node.args[1]
-    if isinstance(source, fx.Node) and source.op == "call_module":
-        # A tuple of outputs: the first is the sequence, the rest are states and weights.
-        return rank if index == 0 and isinstance(index, int) else None
+    if isinstance(source, fx.Node) and isinstance(index, int):
+        if source.op == "call_module":
+            # A tuple of outputs: the first is the sequence, the rest are states and weights.
+            return rank if index == 0 else None
+        if _name(source) in _TUPLES:
+            return rank
     if rank is None:
         return None
     parts = index if isinstance(index, tuple) else (index,)
