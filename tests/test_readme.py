@@ -23,7 +23,9 @@ def test_the_sessions_give_what_they_show(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_every_make_target_exists() -> None:
     named = set(re.findall(r"^make ([a-z-]+)|`make ([a-z-]+)`", README, flags=re.MULTILINE))
-    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE))
+    targets = set(
+        re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    )
     assert {a or b for a, b in named} <= targets
 
 

@@ -132,6 +132,8 @@ def layer_batch_norm(
         backend,
     )
 
+    if name == "aten":
+        _check_dtypes(input, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
     running = None
     if training and running_mean is not None and running_var is not None:
         if num_batches_tracked is not None:
@@ -203,6 +205,22 @@ def _check_channels(input: Tensor, **per_channel: Tensor | None) -> None:
                     fix="Move the model and the data to the same device with .to(device).",
                 )
             )
+
+
+def _check_dtypes(input: Tensor, **per_channel: Tensor | None) -> None:
+    """PyTorch's rule: parameters and buffers have the input's dtype, or float32 beside a half type."""
+    half = input.dtype in (torch.float16, torch.bfloat16)
+    for name, tensor in per_channel.items():
+        if tensor is None or tensor.dtype == input.dtype or (half and tensor.dtype == torch.float32):
+            continue
+        raise InputTypeError(
+            message(
+                f"{name} has another dtype than the input",
+                got=f"{tensor.dtype} beside an input of {input.dtype}",
+                expected=f"{input.dtype} or torch.float32" if half else str(input.dtype),
+                fix=f"Convert one of them: input.to({tensor.dtype}) or layer.to({input.dtype}).",
+            )
+        )
 
 
 def _check_statistics(

@@ -82,15 +82,13 @@ def _per_one(sums: Tensor, count: Tensor) -> Tensor:
     return sums / torch.where(count > 0, count, 1.0)
 
 
-def _center(x: Tensor, mean: Tensor, w: Tensor | None, count: Tensor, exact: bool) -> Sums:
-    """x − mean, and the mean. What rounding has left of the mean is taken off once more where x is as wide as mean:
-    at an offset of 10⁷ σ the rounding of a float64 mean alone is 1e-9 σ.
+def _center(x: Tensor, mean: Tensor, w: Tensor | None, count: Tensor) -> Sums:
+    """x − mean, and the mean. What rounding has left of the mean is taken off once more: at an offset of
+    10⁷ σ the rounding of a float64 mean alone is 1e-9 σ.
     """
     deviation = _valid(x - mean, w)
-    if exact:
-        rest = _per_one(total(_times(deviation, w)), count)
-        deviation, mean = _valid(deviation - rest, w), mean + rest
-    return deviation, mean
+    rest = _per_one(total(_times(deviation, w)), count)
+    return _valid(deviation - rest, w), mean + rest
 
 
 def _statistics(input: Tensor, mask: Tensor | None, groups: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -98,7 +96,7 @@ def _statistics(input: Tensor, mask: Tensor | None, groups: int) -> tuple[Tensor
     x = _valid(_view(input, groups), w)
     count = _count(x, w)
     mean = _per_one(total(_times(x, w)), count)  # (1)
-    deviation, mean = _center(x, mean, w, count, exact=input.dtype == x.dtype)
+    deviation, mean = _center(x, mean, w, count)
     m2 = total(_times(deviation.square(), w))  # (2)
     return deviation, mean, m2, count
 
@@ -129,7 +127,7 @@ def _finish(
     z = _affine(xhat, weight, bias)
     saved = torch.empty(0, dtype=torch.uint8, device=z.device)
     if residual is not None:
-        z = z + _view(residual, z.shape[0])
+        z = z + _valid(_view(residual, z.shape[0]), w)
         if act is not None and act.on is not None:
             saved = _pack(act.on(z))
     y = z if act is None else act.forward(z, slope)
@@ -175,17 +173,15 @@ def backward(
     w = _weights(mask, groups)
     x = _valid(_view(input, groups), w)
     n = _channel(count)
-    exact = input.dtype == x.dtype
     rstd = (_channel(var) + eps).rsqrt()
-    deviation, _ = _center(x, _channel(mean), w, n, exact)
+    deviation, _ = _center(x, _channel(mean), w, n)
     xhat = deviation * rstd
     g = _gated(grad_output, xhat, weight, bias, kept, residual, w, activation, slope)  # (7)
     sum_g = total(g)
     # (9) with e = g − w·Σg/W, so that an offset of the gradient cancels before anything is multiplied by it;
     # Σe·x̂ = Σg·x̂, because Σw·x̂ = 0.
     e = g - _times(_per_one(sum_g, n), w)
-    if exact:
-        e = e - _times(_per_one(total(e), n), w)
+    e = e - _times(_per_one(total(e), n), w)
     sum_gxhat = total(e * xhat)
     dx = rstd * (e - _times(xhat * _per_one(sum_gxhat, n), w))
     dx = _valid(_affine(dx, weight, None), w)

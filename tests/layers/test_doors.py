@@ -92,6 +92,8 @@ def test_compiled_with_the_backend_of_its_choice() -> None:
         torch.testing.assert_close(mine, other)
 
 
+# inductor itself imports what torch deprecates.
+@pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", [None, "reference"])
 def test_inductor(backend: str | None) -> None:

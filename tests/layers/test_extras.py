@@ -108,7 +108,7 @@ def test_output_and_gradients(
 def test_gradcheck(activation: str | None, residual: bool, masked: bool, training: bool) -> None:
     given = arguments(torch.float64, residual, masked)
     mask = given.pop("mask")
-    mask = None if mask is None else mask[:, :2]
+    mask = None if mask is None else mask[:, :2] * torch.tensor([2.5, 1.0], dtype=torch.float64)
     for name in ("input", "residual"):
         given[name] = None if given[name] is None else given[name][:, :, :2]
     leaves = {name: leaf(value) for name, value in given.items() if value is not None}
@@ -216,6 +216,27 @@ def test_memory_format_is_kept(
         wanted = [a] if b is None else [a, b]
         for tensor in (y, *torch.autograd.grad(y, wanted, dy)):
             assert tensor.is_contiguous(memory_format=memory_format), (activation, r is not None)
+
+
+@pytest.mark.parametrize("backend", [None, "reference"])
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("activation", [None, "relu", "silu"])
+def test_residual_of_another_dtype(activation: str | None, training: bool, backend: str | None) -> None:
+    x, r, dy = torch.randn(4, 3, 5).bfloat16(), torch.randn(4, 3, 5), torch.randn(4, 3, 5).bfloat16()
+    running = None if training else (torch.zeros(3), torch.ones(3))
+    a, b = leaf(x), leaf(r)
+    y = call(
+        {"input": a, "weight": None, "bias": None, "residual": b, "mask": None},
+        running,
+        activation=activation,
+        backend=backend,
+    )
+    expected = oracle(x, dy, residual=r, activation=activation, running=running)
+    dx, dr = torch.autograd.grad(y, [a, b], dy)
+    assert (y.dtype, dx.dtype, dr.dtype) == (torch.bfloat16, torch.bfloat16, torch.float32)
+    room = EXACT[torch.bfloat16] * (4 if backend is None else 1)
+    for mine, truth in ((y, expected.output), (dx, expected.grad_input), (dr, expected.grad_residual)):
+        assert error(mine, truth) <= room
 
 
 def test_inputs_are_left_alone() -> None:

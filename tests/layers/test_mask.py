@@ -174,3 +174,24 @@ def test_eval_with_nan_under_zero_and_a_residual(dtype: torch.dtype, backend: st
     for value in (y, *gradients[:2]):
         assert (value[~valid] == 0).all()
         assert (value[valid] != 0).all()
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_differentiable_gradients_are_the_gradients(activation: str | None, training: bool) -> None:
+    # With create_graph another formula runs; what stands under a 0 must not reach it either.
+    valid = torch.rand(4, 5) < 0.7
+    hole = ~valid.unsqueeze(1).expand(4, 3, 5)
+    x, r, dy = (torch.randn(4, 3, 5, dtype=torch.float64).masked_fill(hole, NAN) for _ in range(3))
+    layer = batchnorm.BatchNorm1d(3, activation=activation, backend="reference", dtype=torch.float64)
+    layer.train(training)
+    a, b = leaf(x), leaf(r)
+    wanted = [a, b, layer.weight, layer.bias]
+    y = layer(a, b, valid)
+    plain = torch.autograd.grad(y, wanted, dy, retain_graph=True)
+    graphed = torch.autograd.grad(y, wanted, dy, create_graph=True)
+    for mine, other in zip(graphed, plain, strict=True):
+        assert other.isfinite().all()
+        torch.testing.assert_close(mine.detach(), other, rtol=1e-12, atol=1e-12)
+    second = torch.autograd.grad(sum((value**2).sum() for value in graphed), layer.weight)
+    assert second[0].isfinite().all()

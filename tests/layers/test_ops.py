@@ -21,7 +21,9 @@ Named = dict[str, Tensor | None]
 def draw(weights: str, residual: bool, masked: bool, dtype: torch.dtype = torch.float64) -> Named:
     """The tensors of a call; weight and bias (C,) or (G, C) or none."""
     shape = {"none": None, "C": (CHANNELS,), "GC": (GROUPS, CHANNELS)}[weights]
-    mask = torch.rand(SHAPE[0], POSITIONS) < 0.7
+    mask = torch.randint(
+        0, 4, (SHAPE[0], POSITIONS)
+    ).double()  # frequencies: a bool cannot show a lost weight
     return {
         "input": (torch.randn(SHAPE) * 2 + torch.arange(SHAPE[0]).reshape(-1, 1, 1)).to(dtype),
         "weight": None if shape is None else torch.randn(shape).to(dtype) + 2,
@@ -145,7 +147,7 @@ def test_primitives_composed_by_hand_are_the_whole(
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_moments_of_split_batches_merge_to_those_of_the_whole(dtype: torch.dtype, masked: bool) -> None:
     x = (torch.randn(11, 3, 4) * 2 + 50).to(dtype)
-    mask = torch.rand(11, 4) < 0.6 if masked else None
+    mask = torch.rand(11, 4).mul(3).floor() if masked else None
     mean, m2, n = OPS.moments(x[:2], None if mask is None else mask[:2], 1, "reference")
     for rows in (slice(2, 3), slice(3, 8), slice(8, 11)):
         b_mean, b_m2, b_n = OPS.moments(x[rows], None if mask is None else mask[rows], 1, "reference")
@@ -244,3 +246,24 @@ def test_traced_eval_is_differentiable_by_its_inputs() -> None:
         strict=True,
     ):
         assert error(mine, truth) < 3e-7
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced", "expanded"])
+@pytest.mark.parametrize("other", ["contiguous", "channels_last", "expanded"])
+@pytest.mark.parametrize("masked", [False, True], ids=["plain", "mask"])
+def test_results_have_the_layout_that_tracing_expects(masked: bool, other: str, layout: str) -> None:
+    x = lay_out(torch.randn(4, 3, 2, 5), layout)
+    r, dy = (lay_out(torch.randn(4, 3, 2, 5), other) for _ in range(2))
+    mask = torch.rand(4, 2, 5) < 0.7 if masked else None
+    weight, bias = torch.randn(2, 3)
+    for activation in (None, "relu", "silu"):
+        end = (activation, SLOPE, "reference")
+        y, mean, var, count, saved = OPS.forward(x, weight, bias, r, mask, 1, EPS, *end)
+        tail = (weight, bias, r if activation == "silu" else saved, True, mask)
+        dx, _, _, dr = OPS.backward(dy, x, mean, var, count, *tail, EPS, *end)
+        invstd = (var + EPS).rsqrt()
+        again, _ = OPS.normalize(x, mean, invstd, weight, bias, r, mask, *end)
+        sums = OPS.grad_sums(dy, x, mean, invstd, *tail, *end)
+        second = OPS.grad_input(dy, x, mean, invstd, *tail, *sums, count, *end)
+        for value in (y, dx, dr, again, *second):
+            assert value.stride() == torch.empty_like(x).stride()

@@ -44,7 +44,12 @@ def accuracy_curves(summary: Summary, runs: Sequence[Run]) -> Figure:
         data=data,
         layout=_layout("training steps", "test accuracy", {"tickformat": ".0%"}),
         alt=f"Accuracy of both networks. With batch norm it ends at {final[0]}, without at {final[1]}.",
-        caption=f"Each network at its best learning rate; line: mean of {len(summary.seeds)}, band: lowest to highest.",
+        caption="Each network at its best learning rate; "
+        + (
+            f"line: mean of {len(summary.seeds)} seeds, band: lowest to highest."
+            if len(summary.seeds) > 1
+            else "one seed."
+        ),
         height=420,
     )
 

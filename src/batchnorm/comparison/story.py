@@ -53,7 +53,11 @@ def _rate_table(summary: Summary) -> Table:
             ]
             for with_, without, gap in lines
         ],
-        caption="Final test accuracy, mean over seeds; the difference with its 95 % interval.",
+        caption=(
+            "Final test accuracy, mean over seeds; the difference with its 95 % interval."
+            if len(summary.seeds) > 1
+            else "Final test accuracy; one seed, hence no intervals."
+        ),
         numeric=(0, 1, 3, 5),
     )
 
@@ -121,7 +125,11 @@ def _accuracy_table(summary: Summary) -> Table:
             row("best", with_.best, without.best, summary.best_difference),
             row("final", with_.final, without.final, summary.final_difference),
         ],
-        caption=f"Means of {len(summary.seeds)} seeds with 95 % intervals.",
+        caption=(
+            f"Means of {len(summary.seeds)} seeds with 95 % intervals."
+            if len(summary.seeds) > 1
+            else "One seed, hence no intervals."
+        ),
         numeric=(1, 2, 3),
     )
 

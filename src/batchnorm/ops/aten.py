@@ -44,6 +44,7 @@ def batch_norm(
     valid = None if mask is None else (mask > 0).unsqueeze(1)
     if valid is not None:
         input = torch.where(valid, input, 0.0)
+        residual = None if residual is None else torch.where(valid, residual, 0.0)
     if mean is None:
         y = _train(input, running, weight, bias, eps)
     else:
