@@ -4,19 +4,12 @@ import random
 
 import pytest
 import torch
+from surgery_helpers import Residual, names, reasons, train_one_step
 from torch import nn
 from torch.nn import functional as F
 
 import batchnorm
 from batchnorm.surgery import _insert
-
-
-def reasons(changes) -> dict[str, str]:
-    return {skip.name: skip.reason for skip in changes.skipped}
-
-
-def names(changes) -> list[str]:
-    return [change.name for change in changes.changed]
 
 
 class Branching(nn.Module):
