@@ -9,6 +9,8 @@ from batchnorm._errors import InputError, InputTypeError, message
 
 __all__ = ["batch_norm", "layer_batch_norm"]
 
+_HALF = (torch.float16, torch.bfloat16)
+
 
 def batch_norm(
     input: Tensor,
@@ -114,26 +116,28 @@ def layer_batch_norm(
     _check_input(input, dimensions)
     activation_named(activation)
     _check_statistics(input, running_mean, running_var, training, eps, mask)
-    if not ops.is_jit_tracing():  # there a size is a tensor, and a check on it is a warning
-        _check_channels(input, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
-        if residual is not None:
-            _check_residual(input, residual)
     if mask is not None:
         mask = _expand_mask(input, mask)
-    name = ops.choose(
-        ops.Call(
-            device=input.device.type,
-            dtype=input.dtype,
-            training=training,
-            activation=activation,
-            residual=residual is not None,
-            mask=mask is not None,
-        ),
-        backend,
+    call = ops.Call(
+        input.device.type,
+        input.dtype,
+        training,
+        activation=activation,
+        residual=residual is not None,
+        mask=mask is not None,
     )
-
-    if name == "aten":
-        _check_dtypes(input, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
+    name = ops.choose(call, backend)
+    if not ops.is_jit_tracing():  # there a size is a tensor, and a check on it is a warning
+        _check_per_channel(
+            input,
+            name == "aten",
+            running_mean=running_mean,
+            running_var=running_var,
+            weight=weight,
+            bias=bias,
+        )
+        if residual is not None:
+            _check_residual(input, residual)
     running = None
     if training and running_mean is not None and running_var is not None:
         if num_batches_tracked is not None:
@@ -182,8 +186,9 @@ def _check_input(input: Tensor, dimensions: tuple[int, ...] | None) -> None:
         )
 
 
-def _check_channels(input: Tensor, **per_channel: Tensor | None) -> None:
-    channels = input.shape[1]
+def _check_per_channel(input: Tensor, same_dtype: bool, **per_channel: Tensor | None) -> None:
+    """One value a channel on the input's device; with `same_dtype`, by PyTorch's rule for dtypes, too."""
+    channels, dtype, device = input.shape[1], input.dtype, input.device
     for name, tensor in per_channel.items():
         if tensor is None:
             continue
@@ -196,31 +201,24 @@ def _check_channels(input: Tensor, **per_channel: Tensor | None) -> None:
                     fix=f"Make the layer with num_features={channels}, or put the channels on axis 1.",
                 )
             )
-        if tensor.device != input.device:
+        if tensor.device != device:
             raise InputError(
                 message(
                     f"{name} and input must be on one device",
                     got=f"{name} on {tensor.device}",
-                    expected=str(input.device),
+                    expected=str(device),
                     fix="Move the model and the data to the same device with .to(device).",
                 )
             )
-
-
-def _check_dtypes(input: Tensor, **per_channel: Tensor | None) -> None:
-    """PyTorch's rule: parameters and buffers have the input's dtype, or float32 beside a half type."""
-    half = input.dtype in (torch.float16, torch.bfloat16)
-    for name, tensor in per_channel.items():
-        if tensor is None or tensor.dtype == input.dtype or (half and tensor.dtype == torch.float32):
-            continue
-        raise InputTypeError(
-            message(
-                f"{name} has another dtype than the input",
-                got=f"{tensor.dtype} beside an input of {input.dtype}",
-                expected=f"{input.dtype} or torch.float32" if half else str(input.dtype),
-                fix=f"Convert one of them: input.to({tensor.dtype}) or layer.to({input.dtype}).",
+        if same_dtype and tensor.dtype != dtype and not (dtype in _HALF and tensor.dtype == torch.float32):
+            raise InputTypeError(
+                message(
+                    f"{name} has another dtype than the input",
+                    got=f"{tensor.dtype} beside an input of {dtype}",
+                    expected=f"{dtype} or torch.float32" if dtype in _HALF else str(dtype),
+                    fix=f"Convert one of them: input.to({tensor.dtype}) or layer.to({dtype}).",
+                )
             )
-        )
 
 
 def _check_statistics(

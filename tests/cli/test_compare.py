@@ -275,7 +275,7 @@ def test_ctrl_c_writes_what_is_finished(tmp_path: Path) -> None:
         "PYTHONPATH": str(Path(batchnorm.__file__).parents[1]),
         "OMP_NUM_THREADS": "1",
     }
-    command = [sys.executable, "-m", "batchnorm.cli", "compare", *arguments]
+    command = [sys.executable, "-m", "batchnorm", "compare", *arguments]
     with subprocess.Popen(
         command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True
     ) as working:

@@ -70,7 +70,7 @@ def test_rates_that_train_and_diverged_runs_that_count_as_guessing() -> None:
     assert summary.normalized.trained_at == (0.1, 1.0)
     assert summary.plain.rates[2].diverged == 2
     assert summary.plain.rates[2].final.mean == pytest.approx(CHANCE)
-    assert rates(summary).headline == "2 instead of 1 of 3"
+    assert rates(summary).headline == "2 of 3, not 1"
 
 
 def test_a_rate_at_which_batch_norm_ends_lower_is_named() -> None:

@@ -89,7 +89,7 @@ def rates(summary: Summary) -> Verdict:
         "good" if set(plain) < set(normalized) else "bad" if set(normalized) < set(plain) else "neutral"
     )
     return Verdict(
-        "At which learning rates?", f"{len(normalized)} instead of {len(plain)} of {total}", text, tone
+        "At which learning rates?", f"{len(normalized)} of {total}, not {len(plain)}", text, tone
     )
 
 
