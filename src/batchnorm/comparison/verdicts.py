@@ -88,9 +88,7 @@ def rates(summary: Summary) -> Verdict:
     tone: Tone = (
         "good" if set(plain) < set(normalized) else "bad" if set(normalized) < set(plain) else "neutral"
     )
-    return Verdict(
-        "At which learning rates?", f"{len(normalized)} of {total}, not {len(plain)}", text, tone
-    )
+    return Verdict("At which learning rates?", f"{len(normalized)} of {total}, not {len(plain)}", text, tone)
 
 
 def footing(found: Footing) -> Verdict:
