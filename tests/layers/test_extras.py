@@ -260,3 +260,15 @@ def test_in_place_change_of_the_input_is_noticed_before_backward() -> None:
         changed.mul_(2)
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             y.sum().backward()
+
+
+def test_a_subclass_may_check_its_input_itself() -> None:
+    class AnyRank(batchnorm.BatchNorm1d):
+        def _check_input_dim(self, input: torch.Tensor) -> None:
+            if input.dim() == 3:
+                raise ValueError("not this one")
+
+    layer = AnyRank(3)
+    assert layer(torch.randn(2, 3, 4, 4)).shape == (2, 3, 4, 4)
+    with pytest.raises(ValueError, match="not this one"):
+        layer(torch.randn(2, 3, 4))

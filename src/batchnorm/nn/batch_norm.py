@@ -32,10 +32,16 @@ class Extras(_Base):
     """
 
     _dimensions: ClassVar[tuple[int, ...]]
+    _checks_itself: ClassVar[bool] = False
     activation: str | None
     negative_slope: float
     nonfinite: NonFinite
     backend: str | None
+
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        # PyTorch's own hook for other ranks: a subclass that overrides it decides what it takes.
+        cls._checks_itself = cls._checks_itself or "_check_input_dim" in cls.__dict__
+        super().__init_subclass__(**keywords)
 
     def _set_extras(
         self, activation: str | None, negative_slope: float, nonfinite: NonFinite, backend: str | None
@@ -55,6 +61,8 @@ class Extras(_Base):
 
     def forward(self, input: Tensor, residual: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """y = act(batch norm(input) + residual); see the class."""
+        if self._checks_itself:
+            self._check_input_dim(input)  # type: ignore[no-untyped-call]
         tracked = not self.training or self.track_running_stats
         running_mean = self.running_mean if tracked else None
         running_var = self.running_var if tracked else None
@@ -74,7 +82,7 @@ class Extras(_Base):
             mask,
             self.nonfinite == "skip",
             self.backend,
-            self._dimensions,
+            None if self._checks_itself else self._dimensions,
         )
 
     def extra_repr(self) -> str:
