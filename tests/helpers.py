@@ -121,8 +121,17 @@ def oracle(
     z = xhat * gamma + beta + (0 if residual is None else clean(residual))
     y, slope_at = activate(z, activation, slope)
     g = np.where(valid, clean(dy) * slope_at, Real(0))
-    sum_g, sum_gx = g.sum(axes, keepdims=True), (g * xhat).sum(axes, keepdims=True)
-    dx = gamma * rstd * (g if running is not None else g - w * (sum_g + xhat * sum_gx) / n)
+    sum_g = g.sum(axes, keepdims=True)
+    if running is None:
+        # Σw·x̂ = 0, so the mean of the gradient may go before it is multiplied: with offsets of 10⁷ in x and 10⁶ in dy
+        # even 80 bits lose half their digits otherwise.
+        e = g - w * sum_g / n
+        e = e - w * e.sum(axes, keepdims=True) / n
+        sum_gx = (e * xhat).sum(axes, keepdims=True)
+        dx = gamma * rstd * (e - w * xhat * sum_gx / n)
+    else:
+        sum_gx = (g * xhat).sum(axes, keepdims=True)
+        dx = gamma * rstd * g
     return Expected(
         output=np.where(valid, y, Real(0)),
         grad_input=dx,

@@ -16,8 +16,8 @@ __all__ = ["ACTIVATIONS", "Activation", "activation_named"]
 class Activation:
     """One activation y = act(z) and its gradient g = dy·act′(z), with PyTorch's values at the kinks.
 
-    `on(z)` is given where act′ takes only two values, 1 and `slope` (0 for relu): then one bit an element is all
-    that backward must keep.
+    `on(z)` is given where act′ takes only two values, 1 (where z is NaN, too) and `slope` (0 for
+    relu): then one bit an element is all that backward must keep.
     """
 
     name: str
@@ -40,13 +40,13 @@ ACTIVATIONS: dict[str, Activation] = {
             "relu",
             lambda z, slope: F.relu(z),
             lambda dy, z, slope: _ops.threshold_backward(dy, z, 0),
-            on=lambda z: z > 0,
+            on=lambda z: ~(z <= 0),
         ),
         Activation(
             "relu6",
             lambda z, slope: F.relu6(z),
             lambda dy, z, slope: _ops.hardtanh_backward(dy, z, 0.0, 6.0),
-            on=lambda z: (z > 0) & (z < 6),
+            on=lambda z: ~((z <= 0) | (z >= 6)),
         ),
         Activation(
             "leaky_relu",

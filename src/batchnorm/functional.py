@@ -19,7 +19,7 @@ def batch_norm(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     training: bool = False,
-    momentum: float | None = 0.1,
+    momentum: float = 0.1,
     eps: float = 1e-5,
     *,
     activation: str | None = None,
@@ -71,6 +71,15 @@ def batch_norm(
         tensor([[0., 0.],
                 [1., 1.]])
     """
+    if momentum is None:
+        raise InputTypeError(
+            message(
+                "momentum",
+                got="None",
+                expected="a number",
+                fix="The plain average over all batches needs a counter: use a layer, or 1 / k in the k-th batch.",
+            )
+        )
     return layer_batch_norm(
         input,
         running_mean,
@@ -118,14 +127,7 @@ def layer_batch_norm(
     _check_statistics(input, running_mean, running_var, training, eps, mask)
     if mask is not None:
         mask = _expand_mask(input, mask)
-    call = ops.Call(
-        input.device.type,
-        input.dtype,
-        training,
-        activation=activation,
-        residual=residual is not None,
-        mask=mask is not None,
-    )
+    call = ops.call_of(input, training, activation, residual is not None, mask is not None)
     name = ops.choose(call, backend)
     if not ops.is_jit_tracing():  # there a size is a tensor, and a check on it is a warning
         _check_per_channel(
@@ -138,21 +140,14 @@ def layer_batch_norm(
         )
         if residual is not None:
             _check_residual(input, residual)
-    running = None
-    if training and running_mean is not None and running_var is not None:
-        if num_batches_tracked is not None:
-            num_batches_tracked.add_(1)
-        running = ops.Running(running_mean, running_var, num_batches_tracked, momentum, skip_nonfinite)
-    if name == "aten":
-        given = (None, None) if training else (running_mean, running_var)
-        return ops.aten_batch_norm(
-            input, *given, running, weight, bias, residual, mask, eps, activation, slope
+    if not training and running_mean is not None and running_var is not None:
+        return ops.normalize(
+            input, weight, bias, residual, mask, running_mean, running_var, eps, activation, slope, name
         )
-    if training or running_mean is None or running_var is None:
-        return ops.train(input, weight, bias, residual, mask, running, 1, eps, activation, slope, name)
-    wide = torch.float32 if input.device.type == "mps" else torch.float64
-    mean, invstd = running_mean.to(wide)[None], (running_var.to(wide)[None] + eps).rsqrt()
-    return ops.normalize(input, weight, bias, residual, mask, mean, invstd, activation, slope, name)
+    running = None
+    if running_mean is not None and running_var is not None:
+        running = ops.Running(running_mean, running_var, num_batches_tracked, momentum, skip_nonfinite)
+    return ops.train(input, weight, bias, residual, mask, running, 1, eps, activation, slope, name)
 
 
 def _check_input(input: Tensor, dimensions: tuple[int, ...] | None) -> None:
@@ -192,6 +187,9 @@ def _check_per_channel(input: Tensor, same_dtype: bool, **per_channel: Tensor | 
     for name, tensor in per_channel.items():
         if tensor is None:
             continue
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+            got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise InputTypeError(message(name, got=got, expected="a real floating-point tensor or None"))
         if tensor.dim() != 1 or tensor.shape[0] != channels:
             raise InputError(
                 message(
@@ -262,6 +260,8 @@ def _check_statistics(
 
 
 def _check_residual(input: Tensor, residual: Tensor) -> None:
+    if not isinstance(residual, Tensor):
+        raise InputTypeError(message("residual", got=type(residual).__name__, expected="a torch.Tensor"))
     if residual.shape != input.shape:
         raise InputError(
             message(
@@ -280,6 +280,8 @@ def _check_residual(input: Tensor, residual: Tensor) -> None:
 
 def _expand_mask(input: Tensor, mask: Tensor) -> Tensor:
     """The mask as (N, *S), checked: bool, or weights ≥ 0."""
+    if not isinstance(mask, Tensor):
+        raise InputTypeError(message("mask", got=type(mask).__name__, expected="a torch.Tensor"))
     shape = (input.shape[0], *input.shape[2:])
     if mask.device != input.device:
         raise InputError(message("mask", got=f"device {mask.device}", expected=str(input.device)))
@@ -293,7 +295,7 @@ def _expand_mask(input: Tensor, mask: Tensor) -> Tensor:
                 "mask",
                 got=f"shape {tuple(mask.shape)}",
                 expected=f"(N, *S) = {shape}, or a shape that broadcasts to it",
-                fix="The mask has no channel axis.",
+                fix="The mask has no channel axis: take one of size 1 out with mask.squeeze(1).",
             )
         ) from None
     if mask.dtype != torch.bool and not mask.is_meta:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from batchnorm._activations import activation_named
+from batchnorm._errors import InputError, message
 
 __all__ = [
     "backward",
@@ -150,7 +151,13 @@ def forward(
     var = _per_one(m2, count)
     xhat = deviation * (var + eps).rsqrt()  # (3)
     y, saved = _finish(xhat, weight, bias, residual, _weights(mask, groups), activation, slope)
-    return y.reshape(input.shape).to(input.dtype), mean.flatten(1), var.flatten(1), count.flatten(1), saved
+    return (
+        y.reshape(input.shape).to(input.dtype, copy=True),
+        mean.flatten(1),
+        var.flatten(1),
+        count.flatten(1),
+        saved,
+    )
 
 
 def backward(
@@ -186,10 +193,10 @@ def backward(
     dx = rstd * (e - _times(xhat * _per_one(sum_gxhat, n), w))
     dx = _valid(_affine(dx, weight, None), w)
     return (
-        dx.reshape(input.shape).to(input.dtype),
+        dx.reshape(input.shape).to(input.dtype, copy=True),
         _nothing(x) if weight is None else parameter_grad(sum_gxhat.flatten(1), weight),  # (8)
         _nothing(x) if bias is None else parameter_grad(sum_g.flatten(1), bias),
-        g.reshape(input.shape).to(input.dtype) if residual else _nothing(input),
+        g.reshape(input.shape).to(input.dtype, copy=True) if residual else _nothing(input),
     )
 
 
@@ -208,7 +215,7 @@ def normalize(
     w = _weights(mask, mean.shape[0])
     xhat = _normalized(input, mean, invstd, w)
     y, saved = _finish(xhat, weight, bias, residual, w, activation, slope)
-    return y.reshape(input.shape).to(input.dtype), saved
+    return y.reshape(input.shape).to(input.dtype, copy=True), saved
 
 
 def grad_sums(
@@ -258,8 +265,8 @@ def grad_input(
     mean_g, mean_gxhat = _per_one(_channel(sum_grad), n), _per_one(_channel(sum_grad_xhat), n)
     dx = _channel(invstd) * (g - _times(mean_g + xhat * mean_gxhat, w))
     dx = _valid(_affine(dx, weight, None), w)
-    grad_residual = g.reshape(input.shape).to(input.dtype) if residual else _nothing(input)
-    return dx.reshape(input.shape).to(input.dtype), grad_residual
+    grad_residual = g.reshape(input.shape).to(input.dtype, copy=True) if residual else _nothing(input)
+    return dx.reshape(input.shape).to(input.dtype, copy=True), grad_residual
 
 
 def update_running_(
@@ -274,18 +281,23 @@ def update_running_(
 ) -> None:
     """(6), in place: running ← running + momentum·(batch − running), with the unbiased variance m2 / (count − 1).
 
-    momentum None is the cumulative average 1 / num_batches_tracked. An empty batch changes nothing, a count of at
-    most 1 leaves the variance alone, and with `skip_nonfinite` so does a channel whose statistics are not finite.
+    momentum None is the cumulative average 1 / num_batches_tracked; without that counter nothing moves. An empty
+    batch changes nothing, a count of at most 1 leaves the variance alone, and with `skip_nonfinite` a channel whose
+    statistics are not finite leaves both alone.
     """
-    n = count[0]
+    if mean.shape[0] != 1:
+        raise InputError(
+            message(
+                "update_running_", got=f"{mean.shape[0]} groups", expected="statistics merged into one group"
+            )
+        )
+    n, wide = count[0], mean.dtype
     batch_mean, batch_var = mean[0], var[0] * n / torch.where(n > 1, n - 1, 1.0)
-    factor: Tensor | float = 1.0
-    if momentum is not None:
-        factor = momentum
-    elif num_batches_tracked is not None:
-        factor = 1.0 / num_batches_tracked.to(mean.dtype)
-    new_mean = (running_mean * (1 - factor) + batch_mean * factor).to(running_mean.dtype)
-    new_var = (running_var * (1 - factor) + batch_var * factor).to(running_var.dtype)
+    factor: Tensor | float = 0.0 if momentum is None else momentum
+    if momentum is None and num_batches_tracked is not None:
+        factor = 1.0 / num_batches_tracked.to(wide)
+    new_mean = (running_mean.to(wide) * (1 - factor) + batch_mean * factor).to(running_mean.dtype)
+    new_var = (running_var.to(wide) * (1 - factor) + batch_var * factor).to(running_var.dtype)
     keep_mean, keep_var = n <= 0, n <= 1
     if skip_nonfinite:
         bad = ~(batch_mean.isfinite() & batch_var.isfinite() & new_mean.isfinite() & new_var.isfinite())

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
+from batchnorm import ops
 from batchnorm._activations import activation_named
 from batchnorm._errors import InputError, ModelError, message
 from batchnorm.functional import layer_batch_norm
@@ -33,10 +34,11 @@ class Extras(_Base):
 
     _dimensions: ClassVar[tuple[int, ...]]
     _checks_itself: ClassVar[bool] = False
-    activation: str | None
-    negative_slope: float
-    nonfinite: NonFinite
-    backend: str | None
+    # Class-level, so that a layer made by other means (an old pickle, a changed __class__) has them.
+    activation: str | None = None
+    negative_slope: float = 0.01
+    nonfinite: NonFinite = "propagate"
+    backend: str | None = None
 
     def __init_subclass__(cls, **keywords: Any) -> None:
         # PyTorch's own hook for other ranks: a subclass that overrides it decides what it takes.
@@ -47,17 +49,16 @@ class Extras(_Base):
         self, activation: str | None, negative_slope: float, nonfinite: NonFinite, backend: str | None
     ) -> None:
         activation_named(activation)
+        ops.check_name(backend)
         if nonfinite not in ("propagate", "skip"):
             raise InputError(message("nonfinite", got=repr(nonfinite), expected="'propagate' or 'skip'"))
         self.activation = activation
         self.negative_slope = negative_slope
         self.nonfinite = nonfinite
         self.backend = backend
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        # A layer pickled as PyTorch's own class has no extras.
-        defaults = {"activation": None, "negative_slope": 0.01, "nonfinite": "propagate", "backend": None}
-        super().__setstate__({**defaults, **state})  # type: ignore[no-untyped-call]
+        # torch.fx takes a module for a leaf by this attribute. Traced into, the layer would keep the mode that it had
+        # when it was traced; pickle looks at the class.
+        self.__dict__["__module__"] = torch.nn.BatchNorm1d.__module__
 
     def forward(self, input: Tensor, residual: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """y = act(batch norm(input) + residual); see the class."""

@@ -11,22 +11,29 @@ from torch import Tensor
 from batchnorm import reference
 from batchnorm.ops import aten, eager, formula, traced
 from batchnorm.ops.aten import Running
-from batchnorm.ops.backends import BackendChoice, Call, Candidate, choose, explain_backend
+from batchnorm.ops.backends import (
+    BackendChoice,
+    Call,
+    Candidate,
+    call_of,
+    check_name,
+    choose,
+    explain_backend,
+)
 
 __all__ = [
     "BackendChoice",
     "Call",
     "Candidate",
     "Running",
-    "aten_batch_norm",
+    "call_of",
+    "check_name",
     "choose",
     "explain_backend",
     "is_jit_tracing",
     "normalize",
     "train",
 ]
-
-aten_batch_norm = aten.batch_norm
 
 
 def is_jit_tracing() -> bool:
@@ -55,7 +62,13 @@ def train(
     slope: float,
     backend: str,
 ) -> Tensor:
-    """Normalize by the batch's own statistics, and update the running ones."""
+    """Normalize by the batch's own statistics, and update the running ones and their counter."""
+    if running is not None and running.num_batches_tracked is not None:
+        running.num_batches_tracked.add_(1)
+    if backend == "aten":
+        return aten.batch_norm(
+            input, None, None, running, weight, bias, residual, mask, eps, activation, slope
+        )
     arguments = (input, weight, bias, residual, mask, running, groups, eps, activation, slope, backend)
     if torch.compiler.is_compiling():
         return traced.train(*arguments)
@@ -64,7 +77,7 @@ def train(
             input, weight, bias, residual, mask, None, groups, eps, activation, slope
         )
         if running is not None:
-            reference.update_running_(*running[:3], mean, var, count, *running[3:])
+            reference.update_running_(*running[:3], mean.detach(), var.detach(), count.detach(), *running[3:])
         return output
     if _is_traced(input):
         return traced.train(*arguments)
@@ -77,21 +90,27 @@ def normalize(
     bias: Tensor | None,
     residual: Tensor | None,
     mask: Tensor | None,
-    mean: Tensor,
-    invstd: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    eps: float,
     activation: str | None,
     slope: float,
     backend: str,
 ) -> Tensor:
-    """Normalize by given statistics (G, C), which are constants: eval mode, frozen layers."""
-    arguments = (input, weight, bias, residual, mask, mean, invstd, activation, slope, backend)
+    """Normalize by the running statistics (C,), which are constants: eval mode."""
+    if backend == "aten":
+        return aten.batch_norm(
+            input, running_mean, running_var, None, weight, bias, residual, mask, eps, activation, slope
+        )
+    wide = torch.float32 if input.device.type == "mps" else torch.float64
+    # Copies: training may move the buffers before the backward of this call.
+    mean, var = running_mean.to(wide, copy=True)[None], running_var.to(wide, copy=True)[None]
+    given = (mean, (var + eps).rsqrt())
+    arguments = (input, weight, bias, residual, mask, *given, activation, slope, backend)
     if torch.compiler.is_compiling():
         return traced.normalize(*arguments)
     if torch._C._are_functorch_transforms_active():
-        given = (mean, invstd)
-        return formula.evaluate(
-            input, weight, bias, residual, mask, given, mean.shape[0], 0.0, activation, slope
-        )[0]
+        return formula.evaluate(input, weight, bias, residual, mask, given, 1, 0.0, activation, slope)[0]
     if _is_traced(input):
         return traced.normalize(*arguments)
     return eager.Normalize.apply(*arguments)  # type: ignore[no-any-return, no-untyped-call]

@@ -72,7 +72,7 @@ def _train(
     mean, var = torch.zeros_like(running.mean), torch.zeros_like(running.var)
     y = torch.batch_norm(input, weight, bias, mean, var, True, 1.0, eps, cudnn)
     n = input.numel() // max(1, input.shape[1])
-    count = torch.full((1, 1), float(n), dtype=torch.float64, device=input.device)
+    count = torch.full((1, 1), torch.sym_float(n), dtype=torch.float64, device=input.device)
     biased = var.double() * ((n - 1) / n) if n else var.double()
     reference.update_running_(*running[:3], mean.double()[None], biased[None], count, *running[3:])
     return y

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from batchnorm import reference
 from batchnorm._activations import activation_named
-from batchnorm._errors import BackendError, InputError, message
+from batchnorm._errors import BackendError, InputError, InputTypeError, message
 
 __all__ = [
     "BACKENDS",
@@ -18,6 +18,8 @@ __all__ = [
     "BackendChoice",
     "Call",
     "Candidate",
+    "call_of",
+    "check_name",
     "choose",
     "explain_backend",
     "kernels_of",
@@ -30,7 +32,6 @@ class Call(NamedTuple):
     device: str
     dtype: torch.dtype
     training: bool
-    rows: bool = True  # 2-D or channels-last: the channel is the fastest axis
     activation: str | None = None
     residual: bool = False
     mask: bool = False
@@ -39,11 +40,14 @@ class Call(NamedTuple):
 
 @dataclass(frozen=True)
 class Backend:
-    """A name, what it refuses, and how exact it is. `module` holds the kernels; aten has none of ours."""
+    """A name, what it refuses, and how exact it is, given whether the channel is the fastest axis.
+
+    `module` holds the kernels; aten has none of ours.
+    """
 
     name: str
     refuses: Callable[[Call], str | None]
-    error: Callable[[Call], str]
+    error: Callable[[Call, bool], str]
     module: ModuleType | None = None
 
 
@@ -84,7 +88,7 @@ def _aten_refuses(call: Call) -> str | None:
     return None
 
 
-def _aten_error(call: Call) -> str:
+def _aten_error(call: Call, rows: bool) -> str:
     if not call.training:
         return "y = a·x + b with b = bias − mean·a, which cancels where |mean| is far above σ"
     if call.device != "cpu":
@@ -92,7 +96,7 @@ def _aten_error(call: Call) -> str:
     if call.dtype == torch.float64:
         return "float64 throughout; y = a·x + b cancels where |mean| is far above σ"
     # Measured against float64: N(100, 1) with 10⁷ rows; a constant channel of 100.1 in 100 rows and in 10⁶ positions.
-    if call.rows:
+    if rows:
         return (
             "sums in float32: with 10⁷ rows of N(100, 1) y is off by 5.9, a constant channel of 100.1 gives "
             "0.017 instead of 0"
@@ -107,7 +111,7 @@ BACKENDS: dict[str, Backend] = {
         Backend(
             "reference",
             lambda call: None,
-            lambda call: (
+            lambda call, rows: (
                 "float32 arithmetic: the device has no float64"
                 if call.device == "mps"
                 else "exact: float64 arithmetic, rounded once"
@@ -124,6 +128,21 @@ def kernels_of(backend: str) -> ModuleType:
     if module is None:
         raise BackendError(message("kernels", got=backend, expected="a backend with kernels of its own"))
     return module
+
+
+def check_name(backend: str | None) -> None:
+    """Refuse the name of a backend that does not exist."""
+    if backend is not None and backend not in BACKENDS:
+        raise InputError(
+            message("backend", got=repr(backend), expected=f"None or one of {', '.join(BACKENDS)}")
+        )
+
+
+def call_of(
+    input: Tensor, training: bool, activation: str | None, residual: bool, mask: bool, groups: int = 1
+) -> Call:
+    """What the choice depends on, read off the arguments."""
+    return Call(input.device.type, input.dtype, training, activation, residual, mask, groups)
 
 
 def choose(call: Call, backend: str | None) -> str:
@@ -166,6 +185,7 @@ def explain_backend(
 
     Raises:
         InputError: if `activation` is not one of the known ones.
+        InputTypeError: if `input` is no tensor.
 
     Example:
         >>> import torch, batchnorm
@@ -175,20 +195,21 @@ def explain_backend(
         >>> choice.candidates[0].refused
         "PyTorch's batch norm has no mask"
     """
+    if not isinstance(input, Tensor):
+        raise InputTypeError(message("input", got=type(input).__name__, expected="a torch.Tensor"))
     activation_named(activation)
-    call = Call(
-        device=input.device.type,
-        dtype=input.dtype,
-        training=training,
-        rows=input.dim() < 3 or (input.dim() > 2 and input.stride(1) == 1),
-        activation=activation,
-        residual=residual is not None and residual is not False,
-        mask=mask is not None and mask is not False,
+    call = call_of(
+        input,
+        training,
+        activation,
+        residual is not None and residual is not False,
+        mask is not None and mask is not False,
     )
+    rows = input.dim() < 3 or input.stride(1) == 1
     return BackendChoice(
         chosen=choose(call, None),
         candidates=tuple(
-            Candidate(backend.name, backend.refuses(call), backend.error(call))
+            Candidate(backend.name, backend.refuses(call), backend.error(call, rows))
             for backend in BACKENDS.values()
         ),
     )

@@ -58,12 +58,17 @@ def gradients(
         if mask is not None:
             grad_output = torch.where((mask > 0).unsqueeze(1), grad_output, 0.0)
         added, activation, grad_residual = None, None, grad_output
-    tensors = (input, weight, bias, added)
-    chosen = [t for t in tensors if t is not None and t.requires_grad]
-    if not chosen:
+    given = (input, weight, bias, added)
+    if not any(t is not None and t.requires_grad for t in given):
         return None, None, None, grad_residual
     with torch.enable_grad():
-        output = evaluate(*tensors, mask, statistics, groups, eps, activation, slope)[0]
+        # Aliases, because one argument may depend on another (a residual made from the input): the path between
+        # them is the outer graph's to follow, and would count twice.
+        x = input.view_as(input)
+        w, b, r = (None if t is None else t.view_as(t) for t in (weight, bias, added))
+        tensors = (x, w, b, r)
+        chosen = [t for t in tensors if t is not None and t.requires_grad]
+        output = evaluate(x, w, b, r, mask, statistics, groups, eps, activation, slope)[0]
         found = iter(torch.autograd.grad(output, chosen, grad_output, create_graph=True))
     dx, dweight, dbias, dadded = (next(found) if t is not None and t.requires_grad else None for t in tensors)
     return dx, dweight, dbias, dadded if grad_residual is None else grad_residual
