@@ -113,7 +113,7 @@ def test_vmap_with_shared_running_statistics_is_refused_as_by_torch(backend: str
     with pytest.raises(RuntimeError) as error:
         torch.func.vmap(ours)(x)
     assert type(expected.value) is RuntimeError
-    assert len(str(error.value)) > 30
+    assert "track_running_stats" in str(error.value)
     assert ours.running_mean.tolist() == [0, 0, 0]
 
 

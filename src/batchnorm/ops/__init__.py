@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from batchnorm import reference
+from batchnorm._errors import InputError, message
 from batchnorm.ops import aten, eager, formula, traced
 from batchnorm.ops.aten import Running
 from batchnorm.ops.backends import (
@@ -49,6 +50,20 @@ def _is_traced(input: Tensor) -> bool:
     )
 
 
+def _refuse_shared_buffers(mean: Tensor, running_mean: Tensor) -> None:
+    """Under vmap every slice has statistics of its own, and one buffer cannot take them all."""
+    batched = torch._C._functorch.is_batchedtensor
+    if batched(mean) and not batched(running_mean):
+        raise InputError(
+            message(
+                "running_mean and running_var under vmap",
+                got="one pair of buffers for all slices",
+                expected="batched buffers, or none",
+                fix="Make the layer with track_running_stats=False, or call eval() on it.",
+            )
+        )
+
+
 def train(
     input: Tensor,
     weight: Tensor | None,
@@ -77,6 +92,7 @@ def train(
             input, weight, bias, residual, mask, None, groups, eps, activation, slope
         )
         if running is not None:
+            _refuse_shared_buffers(mean, running.mean)
             reference.update_running_(*running[:3], mean.detach(), var.detach(), count.detach(), *running[3:])
         return output
     if _is_traced(input):

@@ -97,9 +97,7 @@ def _aten_error(call: Call, rows: bool) -> str:
         return "float64 throughout; y = a·x + b cancels where |mean| is far above σ"
     # Measured against float64: N(100, 1) with 10⁷ rows; a constant channel of 100.1 in 100 rows and in 10⁶ positions.
     if rows:
-        return (
-            "sums in float32: with 10⁷ rows of N(100, 1) y is off by 4.5, with 100 rows of a constant 100.1 by 0.017"
-        )
+        return "sums in float32: with 10⁷ rows of N(100, 1) y is off by 4.5, with 100 rows of a constant 100.1 by 0.017"
     return "sums in float64, but y = a·x + b: a constant channel of 100.1 gives 9e-4 instead of 0"
 
 
