@@ -29,12 +29,14 @@ PUBLIC = [
     "MissingDependencyError",
     "ModelError",
     "OutputError",
+    "Trace",
     "__version__",
     "batch_norm",
     "compare",
     "explain_backend",
     "insert",
     "remove",
+    "trace",
 ]
 
 
@@ -84,7 +86,9 @@ def test_import_leaves_torch_alone() -> None:
     assert (result.stdout, result.stderr) == ("False\n", "")
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["compare", "--help"], ["env", "--help"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["compare", "--help"], ["env", "--help"], ["explain", "--help"]], ids=" ".join
+)
 def test_help_leaves_torch_alone(arguments: list[str]) -> None:
     code = """
 import sys

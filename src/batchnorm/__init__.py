@@ -24,11 +24,13 @@ _HOME = {
     "MissingDependencyError": "_errors",
     "ModelError": "_errors",
     "OutputError": "_errors",
+    "Trace": "explain",
     "batch_norm": "functional",
     "compare": "comparison",
     "explain_backend": "ops",
     "insert": "surgery",
     "remove": "surgery",
+    "trace": "explain",
 }
 
 __all__ = ["__version__", *_HOME]  # noqa: PLE0604 - the dictionary's keys are strings
@@ -45,6 +47,8 @@ if TYPE_CHECKING:
     from batchnorm._walk import Changes as Changes
     from batchnorm.comparison import Comparison as Comparison
     from batchnorm.comparison import compare as compare
+    from batchnorm.explain import Trace as Trace
+    from batchnorm.explain import trace as trace
     from batchnorm.functional import batch_norm as batch_norm
     from batchnorm.nn import BatchNorm1d as BatchNorm1d
     from batchnorm.nn import BatchNorm2d as BatchNorm2d

@@ -53,5 +53,5 @@ def test_missing_packages_are_answered_with_the_command_that_installs_them(
         cli.main([])
     assert end.value.code == 2
     assert capsys.readouterr().err == (
-        "error: the command line needs typer and rich, not installed. Run: pip install 'batchnorm[cli]'\n"
+        "error: the command line needs typer and rich, not installed. Run: pip install typer rich\n"
     )

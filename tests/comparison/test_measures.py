@@ -8,10 +8,12 @@ import pytest
 from batchnorm.comparison.measures import (
     Interval,
     batch_spread,
+    clear_guess,
     first_reach,
     ratio_interval,
     rms,
     t_interval,
+    training_bar,
     trains,
 )
 
@@ -70,6 +72,25 @@ def test_trains_means_more_than_a_lucky_guess() -> None:
     assert not trains([0.159], chance=0.1, best=0.16, samples=100)
     assert trains([0.161], chance=0.1, best=0.17, samples=100)
     assert not trains([0.1], chance=0.1, best=0.1, samples=10**9 + 1)
+
+
+def test_a_diverged_run_never_trains_and_guessing_is_no_training() -> None:
+    assert not trains([0.9, None], chance=0.1, best=0.9, samples=100)
+    assert not trains([None], chance=1.0, best=1.0, samples=100)
+    assert not trains([1.0], chance=1.0, best=1.0, samples=100)
+
+
+def test_training_bar_is_halfway_or_clearly_above_guessing() -> None:
+    assert training_bar(0.1, 0.9, 100) == pytest.approx(0.5)
+    assert training_bar(0.945, 0.95, 200) == pytest.approx(clear_guess(0.945, 200))
+    # 0.945 + 2·√(0.945·0.055/200)
+    assert clear_guess(0.945, 200) == pytest.approx(0.977241, abs=1e-6)
+
+
+def test_clipped_keeps_the_mean_and_unknown_bounds() -> None:
+    assert Interval(0.9, 0.7, 1.1, 3).clipped(0, 1) == Interval(0.9, 0.7, 1, 3)
+    assert Interval(-0.5, -1.2, 0.2, 3).clipped(-1, 1) == Interval(-0.5, -1, 0.2, 3)
+    assert Interval(0.5, None, None, 1).clipped(0, 1) == Interval(0.5, None, None, 1)
 
 
 def test_batch_spread_in_units_of_the_pooled_sigma() -> None:

@@ -154,7 +154,7 @@ def test_an_incomplete_report_says_so(document: Document) -> None:
 
 def test_a_missing_plotly_is_named_before_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "plotly.offline", None)
-    with pytest.raises(MissingDependencyError, match=r"pip install 'batchnorm\[cli\]'"):
+    with pytest.raises(MissingDependencyError, match="Run: pip install plotly"):
         html.check_available()
 
 

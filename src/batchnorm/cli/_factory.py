@@ -1,6 +1,7 @@
 """MODULE:FACTORY on the command line: the user's function that makes a model or a data set."""
 
 import importlib
+import inspect
 import sys
 from collections.abc import Callable
 from operator import attrgetter
@@ -76,13 +77,13 @@ def _load(spec: str, option: str) -> Callable[[], Any]:
         sys.path.insert(0, here)
     try:
         module = importlib.import_module(module_name)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a script may end itself
         raise InputError(
             message(
                 f"{option} {spec}",
                 got=f"{type(error).__name__} on importing {module_name} ({_line(error)})",
                 expected="a module that imports",
-                fix=f"The folder {here} and the installed packages were searched.",
+                fix=_where(error, module_name, attribute, here),
             )
         ) from error
     try:
@@ -108,14 +109,40 @@ def _call(
         return factory()
     except BatchNormError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a script may end itself
+        needed = _needed(factory) if isinstance(error, TypeError) else []
+        if needed:
+            raise error_type(
+                message(
+                    f"{option} {spec}",
+                    got=f"a function that needs {', '.join(needed)}",
+                    expected="a function without arguments",
+                    fix="Write one that calls it.",
+                )
+            ) from error
         raise error_type(
-            message(
-                f"{option} {spec}",
-                got=f"{type(error).__name__} on calling it ({_line(error)})",
-                expected="a function that runs without arguments",
-            )
+            f"{option} {spec} raised {type(error).__name__}: {_line(error)}; batchnorm --debug ... shows where"
         ) from error
+
+
+def _needed(factory: Callable[[], Any]) -> list[str]:
+    """The arguments that a call must give."""
+    try:
+        parameters = inspect.signature(factory).parameters.values()
+    except (TypeError, ValueError):
+        return []
+    variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return [p.name for p in parameters if p.default is p.empty and p.kind not in variable]
+
+
+def _where(error: BaseException, module_name: str, attribute: str, folder: str) -> str:
+    plain = module_name.removesuffix(".py").replace("/", ".").strip(".")
+    if plain != module_name:
+        return f"Give the module, not the file: {plain}:{attribute}."
+    missing = isinstance(error, ModuleNotFoundError) and error.name == module_name.partition(".")[0]
+    if missing:
+        return f"The folder {folder} and the installed packages were searched."
+    return "batchnorm --debug ... shows where."
 
 
 def _suggest(module: object) -> str:

@@ -4,15 +4,17 @@ Results go to stdout; progress, hints and errors to stderr. With `--json -` the 
 stdout gets.
 """
 
+import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
 
-from batchnorm._errors import BatchNormError
+from batchnorm._errors import BatchNormError, OutputError
 from batchnorm._files import check_writable, write_whole
 
 if TYPE_CHECKING:
@@ -20,18 +22,36 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BAD_INPUT",
-    "INTERRUPTED",
     "STDOUT",
+    "attempt_all",
     "check_json_target",
+    "ending",
     "guarded",
+    "interrupted",
     "stderr",
     "stdout",
+    "users_code",
     "write_json",
 ]
 
 BAD_INPUT = 2
 INTERRUPTED = 130
+TERMINATED = 143
 STDOUT = "-"
+
+
+class _Ending:
+    """What asked the process to end."""
+
+    terminated = False
+
+
+ending = _Ending()
+
+
+def interrupted() -> typer.Exit:
+    """Return the end of a command that was stopped: 130 after Ctrl-C, 143 after SIGTERM."""
+    return typer.Exit(TERMINATED if ending.terminated else INTERRUPTED)
 
 
 def stdout() -> "Console":
@@ -47,35 +67,70 @@ def stderr() -> "Console":
 def _console(*, stderr: bool) -> "Console":
     from rich.console import Console
 
+    class Patient(Console):
+        """Falls silent when no one reads it any more; rich would end the process, and with it hours of work."""
+
+        def on_broken_pipe(self) -> None:
+            self.quiet = True
+            # What is left in the buffer must not fail again when Python closes the stream.
+            with suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
+
     # highlight: rich would colour every number and path; only what is styled on purpose stands out.
-    return Console(stderr=stderr, highlight=False)
+    return Patient(stderr=stderr, highlight=False)
 
 
 @contextmanager
-def guarded(context: typer.Context) -> Iterator[None]:
-    """Run a command's body; end it with one red line and an exit code where it raises.
+def guarded(context: typer.Context, nothing_done: str = "interrupted") -> Iterator[None]:
+    """Run a command's body; end it with one red line for each error, and an exit code, where it raises.
 
-    With the global option `--debug` exceptions pass through, traceback and all.
+    Args:
+        context: with the global option `--debug`, which shows the traceback as well.
+        nothing_done: what Ctrl-C is answered with.
     """
-    debug = bool((context.obj or {}).get("debug"))
     try:
         yield
     except KeyboardInterrupt:
-        stderr().print("interrupted")
-        raise typer.Exit(INTERRUPTED) from None
-    except (typer.Exit, BrokenPipeError):
+        stderr().print(nothing_done, markup=False, soft_wrap=True)
+        raise interrupted() from None
+    except typer.Exit:
         raise
-    except BatchNormError as error:
-        if debug:
-            raise
-        _print_error(str(error))
+    except (Exception, SystemExit) as error:  # a module of the user's may call sys.exit()
+        if (context.obj or {}).get("debug"):
+            stderr().print(traceback.format_exc(), markup=False, soft_wrap=True, end="")
+        for part in error.exceptions if isinstance(error, ExceptionGroup) else (error,):
+            _print_error(_describe(part))
         raise typer.Exit(BAD_INPUT) from None
-    except Exception as error:
-        if debug:
-            raise
-        text = " ".join(str(error).split()) or "no message"
-        _print_error(f"{type(error).__name__}: {text} (batchnorm --debug ... shows where)")
-        raise typer.Exit(BAD_INPUT) from None
+
+
+def _describe(error: BaseException) -> str:
+    if isinstance(error, BatchNormError):
+        return str(error)
+    text = " ".join(str(error).split()) or "no message"
+    return f"{type(error).__name__}: {text} (batchnorm --debug ... shows where)"
+
+
+@contextmanager
+def users_code() -> Iterator[None]:
+    """Send what the user's own code prints to stderr: stdout is for results."""
+    with redirect_stdout(sys.stderr):
+        yield
+
+
+def attempt_all(*steps: Callable[[], object]) -> None:
+    """Take every step, whatever becomes of the others.
+
+    Raises:
+        ExceptionGroup: with the errors of the steps that failed.
+    """
+    errors: list[Exception] = []
+    for step in steps:
+        try:
+            step()
+        except Exception as error:
+            errors.append(error)
+    if errors:
+        raise ExceptionGroup("not everything could be written", errors)
 
 
 def _print_error(text: str) -> None:
@@ -96,6 +151,24 @@ def write_json(text: str, target: str | None) -> Path | None:
     if target is None:
         return None
     if target == STDOUT:
-        sys.stdout.write(text.rstrip("\n") + "\n")
+        _write_stdout(text.rstrip("\n") + "\n")
         return None
     return write_whole(target, text.rstrip("\n") + "\n")
+
+
+def _write_stdout(text: str) -> None:
+    """Write UTF-8, which JSON is, whatever the encoding of stdout."""
+    if sys.stdout is None:
+        raise OutputError("cannot write to stdout: it is closed. Use --json FILE.")
+    try:
+        binary = getattr(sys.stdout, "buffer", None)
+        if binary is None:  # replaced by something that takes text alone
+            sys.stdout.write(text)
+        else:
+            sys.stdout.flush()
+            binary.write(text.encode("utf-8"))
+        sys.stdout.flush()
+    except OSError as error:
+        with suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise OutputError(f"cannot write to stdout: {error.strerror or error}. Use --json FILE.") from error

@@ -1,6 +1,7 @@
 """The progress of a comparison: a live display in a terminal, plain lines in a log."""
 
 import math
+from contextlib import suppress
 from types import TracebackType
 from typing import Self
 
@@ -90,7 +91,9 @@ class PlainDisplay(Display):
         )
 
     def _print(self, line: str) -> None:
-        self.console.print(Text(line), soft_wrap=True)
+        # A log that no one reads any more, or that cannot be written, is no reason to stop the work.
+        with suppress(OSError):
+            self.console.print(Text(line), soft_wrap=True)
 
 
 class LiveDisplay(Display):
@@ -114,7 +117,8 @@ class LiveDisplay(Display):
         super().start(total_runs, describe)
         self.describe = describe
         self.bars.reset(self.task, total=float(total_runs))
-        self.live.start()
+        with suppress(OSError):
+            self.live.start()
 
     def run_started(self, label: str, normalized: bool, lr: float, seed: int) -> None:
         """Show another training; a new pair clears the curves."""
@@ -141,7 +145,8 @@ class LiveDisplay(Display):
 
     def finish(self) -> None:
         """Take the display away."""
-        self.live.stop()
+        with suppress(OSError):
+            self.live.stop()
 
     def _draw(self) -> RenderableType:
         title = Text(self.describe, style="bold")

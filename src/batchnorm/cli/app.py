@@ -5,14 +5,14 @@ from typing import Annotated
 import typer
 
 import batchnorm
-from batchnorm.cli import compare, env
+from batchnorm.cli import compare, env, explain
 
 __all__ = ["app"]
 
 app = typer.Typer(
     name="batchnorm",
     help="Batch normalization for PyTorch: see what it does to a network.",
-    epilog="Exit codes: 0 fine, 1 findings, 2 usage or bad input, 130 interrupted.",
+    epilog="Exit codes: 0 fine, 1 findings, 2 usage or bad input, 130 interrupted, 143 terminated.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -43,3 +43,4 @@ def options(
 
 app.command("compare", short_help="Train with and without batch norm, and compare.")(compare.command)
 app.command("env", short_help="Show versions, devices and backends.")(env.command)
+app.command("explain", short_help="Explain batch norm, step by step.")(explain.command)

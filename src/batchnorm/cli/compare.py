@@ -7,8 +7,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from batchnorm._errors import InputError, OutputError, message
-from batchnorm._files import check_writable
-from batchnorm.cli._output import INTERRUPTED, STDOUT, check_json_target, guarded, stderr, stdout, write_json
+from batchnorm._files import Interrupts, check_writable
+from batchnorm.cli._output import (
+    STDOUT,
+    attempt_all,
+    check_json_target,
+    guarded,
+    interrupted,
+    stderr,
+    stdout,
+    users_code,
+    write_json,
+)
 
 if TYPE_CHECKING:
     from batchnorm.comparison import Comparison
@@ -16,6 +26,20 @@ if TYPE_CHECKING:
 __all__ = ["command"]
 
 _NETWORK = "deep-mlp"
+_NOTHING = "interrupted: nothing was finished, no report was written"
+
+
+def _rate(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        parts = text.replace(";", ",").split(",")
+        hint = (
+            f" Repeat the option: {' '.join(f'--lr {part.strip()}' for part in parts)}."
+            if len(parts) > 1
+            else ""
+        )
+        raise typer.BadParameter(f"{text!r} is not a number.{hint}") from None
 
 
 class Optimizer(StrEnum):
@@ -46,15 +70,32 @@ def command(
     ] = "digits",
     lr: Annotated[
         list[float] | None,
-        typer.Option(metavar="RATE", help="Learning rate; give it several times for a sweep."),
+        typer.Option(
+            metavar="RATE",
+            parser=_rate,
+            help="Learning rate; give it several times for a sweep.  "
+            "[default: seven that suit network and optimizer; 0.003 to 3 for deep-mlp]",
+        ),
     ] = None,
     seeds: Annotated[
         int, typer.Option(min=1, metavar="N", help="Pairs of trainings at each learning rate.")
     ] = 3,
     steps: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Optimizer steps of each training.")
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Optimizer steps of each training.  [default: 500; 1000 for mlp, 300 for cnn]",
+        ),
     ] = None,
-    batch_size: Annotated[int | None, typer.Option(min=2, metavar="N", help="Samples in a batch.")] = None,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(
+            min=2,
+            metavar="N",
+            help="Samples in a batch; not with loaders.  [default: 64, or all where there are fewer]",
+        ),
+    ] = None,
     optimizer: Annotated[Optimizer, typer.Option(help="Optimizer.")] = Optimizer.SGD,
     device: Annotated[str, typer.Option(metavar="NAME", help="auto, cpu, cuda, cuda:1, mps, ...")] = "auto",
     out: Annotated[Path, typer.Option(metavar="FILE", help="The report, one HTML file.")] = Path(
@@ -72,7 +113,7 @@ def command(
     Both start from the same weights and see the same batches, at several
     learning rates and seeds. Ctrl-C writes the report of what is finished.
     """
-    with guarded(context):
+    with guarded(context, _NOTHING), Interrupts() as interrupts:
         _check_targets(out, json)
         comparison = _run(
             model=_model(network, model),
@@ -84,10 +125,15 @@ def command(
             optimizer=optimizer.value,
             device=device,
         )
-        _present(comparison, out, json)
-        if comparison.interrupted:
-            stderr().print("interrupted: the report shows the trainings that had finished")
-            raise typer.Exit(INTERRUPTED)
+        # Hours of work are in memory alone: from here on Ctrl-C waits until they are written.
+        interrupts.hold()
+        try:
+            _present(comparison, out, json)
+        finally:
+            if comparison.interrupted:
+                stderr().print("interrupted: the results are those of the trainings that had finished")
+        if comparison.interrupted or interrupts.pressed:
+            raise interrupted()
 
 
 def _check_targets(out: Path, json: str | None) -> None:
@@ -117,34 +163,50 @@ def _model(network: str | None, model: str | None) -> Any:
         )
     from batchnorm.cli._factory import load_model
 
-    return load_model(model, "--model")
+    with users_code():
+        return load_model(model, "--model")
 
 
 def _data(data: str) -> Any:
     from batchnorm.cli._factory import is_spec, load_data
 
-    return load_data(data, "--data") if is_spec(data) else data
+    if not is_spec(data):
+        return data
+    with users_code():
+        return load_data(data, "--data")
 
 
 def _run(model: Any, data: Any, **options: Any) -> "Comparison":
     from batchnorm.cli._progress import display
     from batchnorm.comparison import compare
 
-    with display(stderr()) as progress:
+    with display(stderr()) as progress, users_code():
         return compare(model, data, progress=progress, **options)
 
 
 def _present(comparison: "Comparison", out: Path, json: str | None) -> None:
-    """Write the files; print the verdicts and where the files lie."""
-    from batchnorm.report import terminal
+    """Write the files; print the verdicts and where the files lie. What fails does not keep the rest from it."""
+    console = stderr() if json == STDOUT else stdout()
+    written: list[str] = []
 
-    comparison.save(out)
-    written = write_json(comparison.to_json(), json)
-    if json == STDOUT:
-        stderr().print(f"report: {out}", soft_wrap=True)
-        return
-    console = stdout()
-    console.print(terminal.render(comparison.document(), brief=True))
-    console.print(f"\nreport: {out}", soft_wrap=True)
-    if written is not None:
-        console.print(f"json: {written}", soft_wrap=True)
+    def save_page() -> None:
+        comparison.save(out)
+        written.append(f"report: {out}")
+
+    def save_json() -> None:
+        path = write_json(comparison.to_json(), json)
+        if path is not None:
+            written.append(f"json: {path}")
+
+    def print_verdicts() -> None:
+        from batchnorm.report import terminal
+
+        if json != STDOUT:
+            console.print(terminal.render(comparison.document(), brief=True))
+            console.print()
+
+    def print_places() -> None:
+        for line in written:
+            console.print(line, soft_wrap=True, markup=False)
+
+    attempt_all(save_page, save_json, print_verdicts, print_places)

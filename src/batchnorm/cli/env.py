@@ -38,7 +38,7 @@ def command(
         console = stdout()
         console.print(terminal.render(document(environment)))
         if path is not None:
-            console.print(f"\njson: {path}", soft_wrap=True)
+            console.print(f"\njson: {path}", soft_wrap=True, markup=False)
 
 
 def document(environment: "Environment") -> "Document":

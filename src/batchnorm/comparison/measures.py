@@ -15,10 +15,12 @@ __all__ = [
     "Spread",
     "batch_spread",
     "check_available",
+    "clear_guess",
     "first_reach",
     "ratio_interval",
     "rms",
     "t_interval",
+    "training_bar",
     "trains",
 ]
 
@@ -39,10 +41,21 @@ class Interval:
         """Whether the interval is known and `value` lies outside it."""
         return self.low is not None and self.high is not None and not self.low <= value <= self.high
 
+    def clipped(self, low: float, high: float) -> "Interval":
+        """The part of the interval between two bounds that the quantity cannot pass.
+
+        Example:
+            >>> Interval(0.95, 0.88, 1.02, 3).clipped(0, 1)
+            Interval(mean=0.95, low=0.88, high=1, n=3)
+        """
+        if self.low is None or self.high is None:
+            return self
+        return Interval(self.mean, min(max(self.low, low), high), max(min(self.high, high), low), self.n)
+
 
 def check_available() -> None:
     """Raise `MissingDependencyError` now if no interval could be computed later."""
-    require("scipy.special", package="scipy", extra="cli", purpose=_PURPOSE)
+    require("scipy.special", package="scipy", purpose=_PURPOSE)
 
 
 def t_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> Interval:
@@ -61,7 +74,7 @@ def t_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> Inter
     n, mean = len(data), float(data.mean())
     if n < 2:
         return Interval(mean, None, None, n)
-    special = require("scipy.special", package="scipy", extra="cli", purpose=_PURPOSE)
+    special = require("scipy.special", package="scipy", purpose=_PURPOSE)
     half = float(special.stdtrit(n - 1, 0.5 + confidence / 2)) * float(data.std(ddof=1)) / math.sqrt(n)
     return Interval(mean, mean - half, mean + half, n)
 
@@ -89,14 +102,43 @@ def first_reach(steps: Sequence[int], accuracy: Sequence[float], target: float) 
     return next((step for step, value in zip(steps, accuracy, strict=True) if value >= target), None)
 
 
-def trains(finals: Sequence[float], chance: float, best: float, samples: int) -> bool:
-    """Whether every seed's final accuracy got at least halfway from `chance` to `best`, and clearly above `chance`.
-
-    Clearly means by two standard errors of guessing, 2·√(chance·(1 − chance)/samples): where nothing ever trained,
-    halfway to the best is halfway to the luckiest guess.
+def clear_guess(chance: float, samples: int) -> float:
+    """The accuracy that is clearly above `chance`: by two standard errors, 2·√(chance·(1 − chance)/samples).
 
     Args:
-        finals: final accuracy of each seed.
+        chance: accuracy of guessing, 0 to 1.
+        samples: how many test samples an accuracy rests on.
+
+    Example:
+        >>> round(clear_guess(0.1, 100), 3)
+        0.16
+    """
+    return chance + 2 * math.sqrt(chance * (1 - chance) / samples)
+
+
+def training_bar(chance: float, best: float, samples: int) -> float:
+    """The final accuracy from which on a network counts as trained.
+
+    That is halfway from `chance` to `best`, and clearly above `chance`: where nothing ever trained, halfway to the
+    best is halfway to the luckiest guess.
+
+    Args:
+        chance: accuracy of guessing, 0 to 1.
+        best: the best accuracy seen with either network.
+        samples: how many test samples the accuracies rest on.
+
+    Example:
+        >>> training_bar(chance=0.1, best=0.9, samples=100)
+        0.5
+    """
+    return max((chance + best) / 2, clear_guess(chance, samples))
+
+
+def trains(finals: Sequence[float | None], chance: float, best: float, samples: int) -> bool:
+    """Whether every seed's final accuracy is above `chance` and reaches `training_bar`.
+
+    Args:
+        finals: final accuracy of each seed; None where the training diverged, which is never a success.
         chance: accuracy of guessing.
         best: the best accuracy seen with either network.
         samples: how many test samples the accuracies rest on.
@@ -104,11 +146,11 @@ def trains(finals: Sequence[float], chance: float, best: float, samples: int) ->
     Example:
         >>> trains([0.6, 0.5], chance=0.1, best=0.9, samples=100)
         True
-        >>> trains([0.9, 0.4], chance=0.1, best=0.9, samples=100)
+        >>> trains([0.9, None], chance=0.1, best=0.9, samples=100)
         False
     """
-    clear = chance + 2 * math.sqrt(chance * (1 - chance) / samples)
-    return min(finals) >= max((chance + best) / 2, clear)
+    bar = training_bar(chance, best, samples)
+    return all(final is not None and final > chance and final >= bar for final in finals)
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,15 +3,18 @@
 import math
 from typing import TYPE_CHECKING
 
+from batchnorm.comparison.claims import all_diverged, untrained
 from batchnorm.comparison.data import Data, Loaders
 from batchnorm.comparison.footing import Footing
 from batchnorm.comparison.pairs import Pair
-from batchnorm.comparison.summary import Summary
+from batchnorm.comparison.summary import JUDGED, Summary
 
 if TYPE_CHECKING:
     from batchnorm.comparison.result import Setup
 
-__all__ = ["method"]
+__all__ = ["CAUTION", "method"]
+
+CAUTION = "Caution: "  # what a reader must know before the figures; it stands beside the verdicts
 
 
 def method(
@@ -24,13 +27,13 @@ def method(
     same_weights: bool,
 ) -> tuple[str, ...]:
     """The notes of a report: the set-up first, then how numbers were chosen, then warnings."""
-    notes = [_network(setup), _training(setup, data), _selection(setup), _intervals(setup, summary)]
+    notes = [_network(setup), _training(setup, data), _selection(setup, summary), _intervals(setup, summary)]
     if footing is not None:
         notes.append(_footing(footing))
     if pair.skipped:
-        verb = "got no batch norm" if setup.how == "insert" else "kept their batch norm"
-        notes.append(f"{pair.skipped} further places {verb}; `batchnorm.{setup.how}` says why.")
-    notes += _warnings(setup, summary, data, dropped, same_weights)
+        notes.append(_skipped(pair.skipped, setup.how))
+    notes += _warnings(setup, summary, dropped, same_weights)
+    notes += _scaling_warning(data, footing)
     return (*notes, *pair.notes)
 
 
@@ -44,6 +47,13 @@ def _network(setup: "Setup") -> str:
         f"where no batch norm follows. {normalized:,} parameters with, {plain:,} without. Every weight that both "
         "networks have starts with the same value."
     )
+
+
+def _skipped(count: int, how: str) -> str:
+    kept = f"kept {'its' if count == 1 else 'their'} batch norm"
+    verb = "got no batch norm" if how == "insert" else kept
+    places = "1 further place" if count == 1 else f"{count} further places"
+    return f"{places} {verb}; batchnorm.{how}(model).skipped says why."
 
 
 def _training(setup: "Setup", data: Data | Loaders) -> str:
@@ -61,21 +71,26 @@ def _training(setup: "Setup", data: Data | Loaders) -> str:
     )
 
 
-def _selection(setup: "Setup") -> str:
+def _selection(setup: "Setup", summary: Summary) -> str:
+    tried = ", ".join(f"{rate.lr:g}" for rate in summary.plain.rates)
     return (
-        f"Learning rates tried: {', '.join(f'{lr:g}' for lr in setup.lrs)}. Best and fastest rates and best accuracies "
-        "are chosen on the test set, by the same rule for both networks: good for comparing the two, too optimistic "
-        f"as an estimate for new data. Steps are counted in units of {setup.every}, from one evaluation to the next."
+        f"Learning rates tried: {tried}. Best and fastest rates and best accuracies are chosen on the test set, by "
+        "the same rule for both networks. That is too optimistic as an estimate for new data, and a network that "
+        "trains at more rates has more tries to be lucky. "
+        f"How much sooner is judged at {100 * JUDGED:.0f} % of the plain network's best: the whole of it is the "
+        "luckiest of many evaluations, which a second network as good would often miss. "
+        f"Steps are counted in units of {setup.every}, from one evaluation to the next."
     )
 
 
 def _intervals(setup: "Setup", summary: Summary) -> str:
-    if len(summary.seeds) < 2:
+    if summary.one_seed:
         return "One seed: there are no intervals, and every difference may be chance."
     return (
         f"Intervals are Student's, 95 %, over {len(summary.seeds)} seeds (weights and order of batches), of the paired "
         "difference where two networks are compared, of the logarithm where it is a ratio. They say nothing about "
-        "another choice of test samples. 'No difference seen' means that the interval holds no difference."
+        "another choice of test samples. 'No difference seen' means that the interval holds no difference. Each "
+        f"interval stands for itself: of {len(summary.plain.rates)} learning rates one may stand out by chance."
     )
 
 
@@ -91,37 +106,25 @@ def _footing(footing: Footing) -> str:
     return text
 
 
-def _warnings(
-    setup: "Setup", summary: Summary, data: Data | Loaders, dropped: int, same_weights: bool
-) -> list[str]:
-    found: list[str] = []
-    plain, normalized = summary.plain, summary.normalized
-    if plain.edge == "only":
-        found.append(
-            "Caution: one learning rate was tried; each network may have a better one. Give a sweep."
-        )
-    elif plain.edge is not None:
-        found.append(
-            f"Caution: the best learning rate without batch norm, {plain.best_lr:g}, is the {plain.edge} "
-            "of the sweep; a better one may lie outside. Widen the sweep before you trust the comparison."
-        )
-    if normalized.edge in ("lowest", "highest"):
-        found.append(
-            f"The best learning rate with batch norm, {normalized.best_lr:g}, is the {normalized.edge} of "
-            "the sweep; a better one may lie outside."
-        )
+def _warnings(setup: "Setup", summary: Summary, dropped: int, same_weights: bool) -> list[str]:
+    found = _edges(summary)
     late = [
         steps for steps in summary.targets[-1].plain_steps if steps is not None and steps > 0.9 * setup.steps
     ]
     if late:
         found.append(
-            f"Caution: the network without batch norm is at its best near the end of the training ({len(late)} of "
-            f"{len(summary.seeds)} seeds in the last tenth), so it may not be done. More steps may narrow the gap."
+            f"{CAUTION}without batch norm the network was still improving near the end ({len(late)} of "
+            f"{len(summary.seeds)} seeds are at their best in the last tenth). More steps may narrow the gap."
         )
     if not summary.plain.trained_at:
+        advice = (
+            " Deep networks need He's initialization before ReLU, Xavier's before sigmoid: with PyTorch's default they "
+            "may never start."
+        )
         found.append(
-            "Caution: the network without batch norm trains at none of the rates. Check its initialization (He's "
-            "before ReLU, Xavier's before sigmoid): with PyTorch's default a deep network may never start."
+            f"{CAUTION}the network without batch norm trains at none of the rates. "
+            + untrained(summary, summary.plain)
+            + ("" if all_diverged(summary, summary.plain) else advice)
         )
     if dropped:
         found.append(
@@ -129,19 +132,45 @@ def _warnings(
         )
     if same_weights:
         found.append(
-            "Caution: the model starts with the same weights for every seed, so seeds differ in batches only."
+            f"{CAUTION}the model starts with the same weights for every seed, so seeds differ in batches only."
         )
-    return found + _scaling_warning(data)
+    return found
 
 
-def _scaling_warning(data: Data | Loaders) -> list[str]:
+def _edges(summary: Summary) -> list[str]:
+    """Best rates that lie at the end of the sweep, where a better one may be missed."""
+    plain, normalized = summary.plain, summary.normalized
+    found: list[str] = []
+    if plain.edge == "only":
+        found.append(
+            f"{CAUTION}one learning rate was tried; each network may have a better one. Give a sweep."
+        )
+    elif plain.edge is not None:
+        found.append(
+            f"{CAUTION}the best learning rate without batch norm, {plain.best_lr:g}, is the {plain.edge} "
+            "of the sweep; a better one may lie outside. Widen the sweep before you trust the comparison."
+        )
+    if normalized.edge in ("lowest", "highest"):
+        found.append(
+            f"The best learning rate with batch norm, {normalized.best_lr:g}, is the {normalized.edge} of "
+            "the sweep; a better one may lie outside."
+        )
+    return found
+
+
+def _scaling_warning(data: Data | Loaders, footing: Footing | None) -> list[str]:
     """Raw inputs handicap the plain network more than the normalized one; a reader must know."""
-    if not isinstance(data, Data) or not data.x_train.is_floating_point():
+    if isinstance(data, Data):
+        if not data.x_train.is_floating_point():
+            return []
+        mean, std = float(data.x_train.double().mean()), float(data.x_train.double().std())
+    elif footing is not None and footing.inputs is not None:
+        mean, std = footing.inputs
+    else:
         return []
-    mean, std = float(data.x_train.double().mean()), float(data.x_train.double().std())
     if std > 0 and abs(mean) <= 2 * std and 0.1 <= std <= 10 and math.isfinite(mean):
         return []
     return [
-        f"Caution: the training inputs have mean {mean:.3g} and standard deviation {std:.3g}. Unscaled inputs hurt the "
+        f"{CAUTION}the training inputs have mean {mean:.3g} and standard deviation {std:.3g}. Unscaled inputs hurt the "
         "network without batch norm more; standardize them for a fair fight."
     ]

@@ -16,7 +16,7 @@ from batchnorm.comparison.record import seeded
 if TYPE_CHECKING:
     from batchnorm._walk import Skipped
 
-__all__ = ["Pair", "make_pair"]
+__all__ = ["Pair", "copied", "given", "make_pair", "raised", "scores"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +40,13 @@ class Pair:
 
 
 def make_pair(
-    factory: Callable[[], nn.Module], sample: Tensor, labels: int, seed: int, device: torch.device
+    factory: Callable[[], nn.Module],
+    sample: Tensor,
+    labels: int,
+    seed: int,
+    device: torch.device,
+    *,
+    lowest: int = 0,
 ) -> Pair:
     """Build the model under the seed and derive its partner.
 
@@ -48,63 +54,129 @@ def make_pair(
         factory: returns a new model; one with batch norm is compared with the same model without it, one without
             with the same model with it.
         sample: a few inputs, (n, *features), for lazy layers and to check the output.
-        labels: the number of classes in the data.
+        labels: the number of classes in the data: the largest label plus one.
         seed: seeds the weights.
         device: where both networks go.
+        lowest: the smallest label.
 
     Raises:
-        ModelError: the factory fails or returns no module, the output is not (n, classes), or there is no place for
-            batch norm in the model.
+        ModelError: the factory fails or returns no module, the model cannot be copied, the output is not
+            (n, classes), or there is no place for batch norm in the model.
     """
     with seeded(seed, device):
         built = _built(factory)
         if any(map(is_lazy, [*built.parameters(), *built.buffers()])):
             # PyTorch cannot copy a lazy layer before its first batch.
-            _scores(built, sample.cpu())
-        model = copy.deepcopy(built).to(device)
-        check_output(model, sample.to(device), labels)
+            _evaluated(built, sample.cpu())
+        model = copied(built).to(device)
+        check_output(model, sample.to(device), labels, lowest)
         return _derived(model)
 
 
-def check_output(model: nn.Module, sample: Tensor, labels: int) -> None:
+def check_output(model: nn.Module, sample: Tensor, labels: int, lowest: int = 0) -> None:
     """Refuse a model whose output for `sample` is not one score a class, or that has nothing to train."""
-    output = _scores(model, sample)
-    shape = tuple(output.shape) if isinstance(output, Tensor) else None
-    if shape is None or len(shape) != 2 or shape[0] != len(sample) or shape[1] < labels:
-        raise ModelError(
-            message(
-                "the model's output",
-                got=f"a {type(output).__name__}" if shape is None else f"shape {shape}",
-                expected=f"shape ({len(sample)}, classes) for {len(sample)} samples and at least {labels} classes",
-                fix="End the model with a linear layer of one output a class.",
+    output = _evaluated(model, sample)
+    if not _fits(output, sample, labels):
+        fix = "End the model with a linear layer of one output a class."
+        if lowest > 0 and _fits(output, sample, labels - lowest):
+            fix = (
+                f"The labels run from {lowest} to {labels - 1}, and classes count from 0: "
+                f"subtract {lowest} from the labels."
             )
-        )
+        raise _wrong_output(output, sample, f" and at least {labels} classes", fix)
     if not any(p.requires_grad for p in model.parameters()):
         raise ModelError(message("the model", got="no trainable parameter", expected="something to train"))
 
 
-def forward(model: nn.Module, x: Tensor) -> Any:
-    """The model's output, or one line that says why it cannot take this input."""
+def scores(model: nn.Module, x: Tensor) -> Tensor:
+    """The model's scores for `x`, (N, classes), in the mode that it is in.
+
+    Raises:
+        ModelError: the model fails, or its output is something else.
+    """
+    output = _forward(model, x)
+    if not _fits(output, x, 1):
+        mode = "train" if model.training else "eval"
+        fix = f"This is its output in {mode} mode; it must give the scores alone in both modes."
+        raise _wrong_output(output, x, "", fix)
+    return output  # type: ignore[no-any-return]  # a model may return anything; _fits looked
+
+
+def given(model: nn.Module, x: Tensor) -> Tensor:
+    """A copy of `x`, which the model may change in place, in the dtype of the model's parameters."""
+    if x.is_floating_point():
+        dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), x.dtype)
+        return x.to(dtype, copy=True)
+    return x.clone()
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """A deep copy.
+
+    Raises:
+        ModelError: the model cannot be copied.
+    """
     try:
-        return model(x)
-    except BatchNormError:
-        raise
-    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError, NotImplementedError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
+        return copy.deepcopy(model)
+    except Exception as error:
         raise ModelError(
             message(
                 "the model",
-                got=f"an error on a batch of shape {tuple(x.shape)}, {x.dtype} ({reason[:300]})",
-                expected="a model that takes such a batch",
-                fix="Check that model and data fit each other.",
+                got=f"an error on copying it ({raised(error)})",
+                expected="a model that copy.deepcopy copies",
+                fix="Tensors that it computed must not be kept in attributes; instead of the old weight_norm and "
+                "spectral_norm use those of torch.nn.utils.parametrizations.",
             )
         ) from error
 
 
-def _scores(model: nn.Module, sample: Tensor) -> Any:
+def raised(error: BaseException) -> str:
+    """An exception of the user's code in one line of bounded length."""
+    reason = " ".join(str(error).split())
+    return f"{type(error).__name__}: {reason[:300]}" if reason else type(error).__name__
+
+
+def _forward(model: nn.Module, x: Tensor) -> Any:
+    try:
+        return model(given(model, x))
+    except BatchNormError:
+        raise
+    except Exception as error:
+        fix = "Check that model and data fit each other."
+        if x.dim() > 2 and "shapes cannot be multiplied" in str(error):
+            fix = "A linear layer takes samples in one row: begin the model with nn.Flatten()."
+        raise ModelError(
+            message(
+                "the model",
+                got=f"an error on a batch of shape {tuple(x.shape)}, {x.dtype} ({raised(error)})",
+                expected="a model that takes such a batch",
+                fix=fix,
+            )
+        ) from error
+
+
+def _fits(output: object, x: Tensor, classes: int) -> bool:
+    return (
+        isinstance(output, Tensor)
+        and output.dim() == 2
+        and len(output) == len(x)
+        and output.shape[1] >= classes
+        and output.is_floating_point()
+    )
+
+
+def _wrong_output(output: object, x: Tensor, more: str, fix: str) -> ModelError:
+    got = f"a {type(output).__name__}"
+    if isinstance(output, Tensor):
+        got = f"shape {tuple(output.shape)}" + ("" if output.is_floating_point() else f", {output.dtype}")
+    expected = f"shape ({len(x)}, classes) for {len(x)} samples{more}"
+    return ModelError(message("the model's output", got=got, expected=expected, fix=fix))
+
+
+def _evaluated(model: nn.Module, sample: Tensor) -> Any:
     model.eval()
     with torch.no_grad():
-        output = forward(model, sample)
+        output = _forward(model, sample)
     model.train()
     return output
 
@@ -123,11 +195,8 @@ def _built(factory: Callable[[], nn.Module]) -> nn.Module:
         model = factory()
     except BatchNormError:
         raise
-    except Exception as error:
-        reason = " ".join(str(error).split())
-        raise ModelError(
-            message("make_model()", got=f"{type(error).__name__} ({reason[:300]})", expected="a new model")
-        ) from error
+    except (Exception, SystemExit) as error:  # a script may end itself
+        raise ModelError(message("make_model()", got=raised(error), expected="a new model")) from error
     if not isinstance(model, nn.Module):
         raise ModelError(
             message("make_model()", got=f"a {type(model).__name__}", expected="a torch.nn.Module")

@@ -1,7 +1,7 @@
 """The batches of a training: made or recorded once a seed, then replayed to every network."""
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from batchnorm._errors import DataError, InputError, message
+from batchnorm._errors import BatchNormError, DataError, InputError, message
 from batchnorm.comparison.data import Data, Loaders, as_inputs, as_labels, check_classes
 
 __all__ = ["Batch", "Replay", "draw_batches", "record_loader", "record_test", "seeded"]
@@ -86,15 +86,29 @@ def draw_batches(data: Data, batch_size: int, steps: int, seed: int, device: tor
     return Replay(x, y, device, per_epoch, rows[:steps])
 
 
-def record_loader(loaders: Loaders, steps: int, seed: int, device: torch.device) -> Replay:
-    """`steps` batches of the user's training loader, over as many epochs as that takes, kept in memory."""
+def record_loader(
+    loaders: Loaders, steps: int, seed: int, device: torch.device, *, again: bool = False
+) -> Replay:
+    """`steps` batches of the user's training loader, over as many epochs as that takes, kept in memory.
+
+    Args:
+        loaders: the user's loaders.
+        steps: how many batches.
+        seed: seeds the generators that shuffle and augment.
+        device: where the batches are handed out.
+        again: another seed will follow, so the loader must be good for another pass.
+
+    Raises:
+        DataError: the loader gives no batches, gives them only once, or gives something else.
+    """
     inputs: list[Tensor] = []
     labels: list[Tensor] = []
-    dropped, epoch = 0, 0
+    dropped, epoch, passes = 0, 0, 0
     with seeded(seed, device):
         while len(inputs) < steps:
             before = len(inputs)
-            for item in loaders.train:
+            passes += 1
+            for item in _pass(loaders.train, "training loader"):
                 x, y = _batch(item, "training loader")
                 if len(x) < 2:
                     dropped += 1
@@ -104,15 +118,10 @@ def record_loader(loaders: Loaders, steps: int, seed: int, device: torch.device)
                 if len(inputs) == steps:
                     break
             if len(inputs) == before:
-                raise DataError(
-                    message(
-                        "training loader",
-                        got="no batch of two or more samples" if dropped else "no batches",
-                        expected="batches at every pass",
-                        fix="An iterator that is used up once must be wrapped in a DataLoader or a list.",
-                    )
-                )
+                raise _used_up("no batch of two or more samples" if dropped else "no batches")
             epoch = epoch or len(inputs)
+        if again and passes == 1 and not any(True for _ in _pass(loaders.train, "training loader")):
+            raise _used_up("no batches at the second pass")
     check_classes(torch.cat(labels), "labels of the training loader")
     return Replay(inputs, labels, device, epoch, dropped=dropped)
 
@@ -123,10 +132,40 @@ def record_test(data: Data | Loaders, device: torch.device) -> list[Batch]:
         pieces = zip(torch.split(data.x_test, 1024), torch.split(data.y_test, 1024), strict=True)
         return [(x.to(device), y.to(device)) for x, y in pieces]
     with seeded(0, device):
-        batches = [_batch(item, "test loader") for item in data.test]
+        # Copies: a loader may refill its buffer.
+        batches = [(x.clone(), y.clone()) for x, y in map(_test_batch, _pass(data.test, "test loader"))]
     if sum(len(x) for x, _ in batches) < 2:
         raise DataError(message("test loader", got="fewer than two samples", expected="at least two samples"))
+    check_classes(torch.cat([y for _, y in batches]), "labels of the test loader")
     return [(x.to(device), y.to(device)) for x, y in batches if len(x)]
+
+
+def _pass(loader: Iterable[Any], name: str) -> Iterator[Any]:
+    """One pass over a loader; what fails in it is told as the loader's failure."""
+    try:
+        yield from loader
+    except (Exception, SystemExit) as error:  # a script may end itself
+        if isinstance(error, BatchNormError):
+            raise
+        reason = " ".join(str(error).split()) or "no message"
+        raise DataError(
+            message(name, got=f"{type(error).__name__} ({reason[:300]})", expected="(inputs, labels) batches")
+        ) from error
+
+
+def _used_up(got: str) -> DataError:
+    return DataError(
+        message(
+            "training loader",
+            got=got,
+            expected="batches at every pass",
+            fix="An iterator that is used up once must be wrapped in a DataLoader or a list.",
+        )
+    )
+
+
+def _test_batch(item: Any) -> Batch:
+    return _batch(item, "test loader")
 
 
 def _batch(item: Any, name: str) -> Batch:

@@ -5,8 +5,10 @@ from typing import TYPE_CHECKING
 
 from batchnorm.comparison.figures import accuracy_curves, batch_statistics, learning_rates, loss_curves
 from batchnorm.comparison.measures import Interval
-from batchnorm.comparison.summary import Rate, Summary, Target
-from batchnorm.comparison.verdicts import headline, percent, points, span, verdicts
+from batchnorm.comparison.notes import CAUTION
+from batchnorm.comparison.summary import Arm, Rate, Summary, Target
+from batchnorm.comparison.verdicts import headline, verdicts
+from batchnorm.comparison.wording import average, percent, points, span
 from batchnorm.report.document import Block, Document, Paragraph, Section, Table
 
 if TYPE_CHECKING:
@@ -14,11 +16,25 @@ if TYPE_CHECKING:
 
 __all__ = ["tell"]
 
+PRIMER = (
+    "What batch norm does: in training it shifts and scales each channel of a layer so that over every batch its mean "
+    "is 0 and its standard deviation 1; then a learned weight and bias per channel scale and shift it again. σ is a "
+    "channel's standard deviation. A 95 % interval is what chance between seeds leaves open: made anew many times, 19 "
+    "of 20 such intervals hold the true value. Where it holds 0 (for a ratio: 1), there may be no difference."
+)
+
 
 def tell(result: "Comparison") -> Document:
-    """The document: verdicts and accuracy curves first, then rates, steps, batches, and how it was done."""
+    """The document: verdicts, cautions and accuracy curves first, then rates, steps, batches, and how it was done."""
     summary, setup = result.summary, result.setup
-    first: list[Block] = [*verdicts(summary, result.footing), accuracy_curves(summary, result.runs)]
+    cautions = [note for note in result.notes if note.startswith(CAUTION)]
+    method = [note for note in result.notes if not note.startswith(CAUTION)]
+    first: list[Block] = [
+        *verdicts(summary, result.footing),
+        *(Paragraph(note) for note in cautions),
+        accuracy_curves(summary, result.runs),
+        Paragraph(PRIMER, small=True),
+    ]
     sections = [
         Section("What batch norm does to this network", first),
         Section("Learning rates", [learning_rates(summary), _rate_table(summary)]),
@@ -28,7 +44,7 @@ def tell(result: "Comparison") -> Document:
     if result.footing is not None:
         sections.append(Section("Every batch on the same footing", [batch_statistics(result.footing)]))
     sections.append(Section("Training loss", [loss_curves(summary, result.runs)], folded=True))
-    sections.append(Section("How it was done", [Paragraph(note, small=True) for note in result.notes]))
+    sections.append(Section("How it was done", [Paragraph(note, small=True) for note in method]))
     return Document(
         title=f"{setup.model} on {setup.data}: with and without batch norm",
         verdict=headline(summary, setup.model, setup.data),
@@ -76,7 +92,7 @@ def _steps_table(summary: Summary) -> Table:
         rows=[_target_row(target) for target in summary.targets],
         caption=(
             "Accuracies as shares of the best that each seed reaches without batch norm; steps averaged over seeds, "
-            "each network at the learning rate that gets there soonest."
+            "each network at the learning rate that gets there soonest. The verdict rests on the 99 %."
         ),
         numeric=(1, 2, 3, 4, 5, 6),
     )
@@ -116,22 +132,31 @@ def _accuracy_table(summary: Summary) -> Table:
     with_, without = (_at_best(arm.rates, arm.best_lr) for arm in (summary.normalized, summary.plain))
     return Table(
         columns=(
-            "test accuracy",
+            "at the best learning rate",
             f"with, rate {with_.lr:g}",
             f"without, rate {without.lr:g}",
             "paired difference",
         ),
         rows=[
-            row("best", with_.best, without.best, summary.best_difference),
-            row("final", with_.final, without.final, summary.final_difference),
+            row("best test accuracy", with_.best, without.best, summary.best_difference),
+            row("final test accuracy", with_.final, without.final, summary.final_difference),
+            _loss_row(summary.normalized, summary.plain),
         ],
         caption=(
-            f"Means of {len(summary.seeds)} seeds with 95 % intervals."
+            f"Means of {len(summary.seeds)} seeds with 95 % intervals; the training loss, in nats, is a plain mean."
             if len(summary.seeds) > 1
-            else "One seed, hence no intervals."
+            else "One seed, hence no intervals. The training loss is in nats."
         ),
         numeric=(1, 2, 3),
     )
+
+
+def _loss_row(with_: Arm, without: Arm) -> list[str]:
+    """The training loss over the last steps: a network may fit its training data better and not know more."""
+    values = [None if None in arm.final_loss else average(arm.final_loss) for arm in (with_, without)]
+    cells = ["diverged" if value is None else f"{value:.2g}" for value in values]
+    gap = "–" if None in values else f"{average(values[:1]) - average(values[1:]):+.2g}".replace("-", "−")
+    return ["training loss at the end", *cells, gap]
 
 
 def _at_best(rates: Sequence[Rate], lr: float) -> Rate:

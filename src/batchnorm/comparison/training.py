@@ -4,14 +4,13 @@ import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from batchnorm._errors import InputError, InputTypeError, message
-from batchnorm.comparison.pairs import forward
+from batchnorm._errors import BatchNormError, InputError, InputTypeError, ModelError, message
+from batchnorm.comparison.pairs import raised, scores
 from batchnorm.comparison.progress import Progress
 from batchnorm.comparison.record import Batch, Replay, seeded
 
@@ -63,9 +62,18 @@ def optimizer_maker(optimizer: str | MakeOptimizer) -> MakeOptimizer:
 
     Raises:
         InputError: an unknown name.
+        InputTypeError: neither a name nor a function.
     """
     if callable(optimizer):
         return optimizer
+    if not isinstance(optimizer, str):
+        raise InputTypeError(
+            message(
+                "optimizer",
+                got=f"a {type(optimizer).__name__}",
+                expected=f"one of {', '.join(OPTIMIZERS)}, or a function (parameters, lr) -> optimizer",
+            )
+        )
     if optimizer not in OPTIMIZERS:
         raise InputError(
             message(
@@ -92,8 +100,8 @@ def train(
 ) -> Run:
     """Train `model` in place on the batches, one step each, and evaluate it every `every` steps and at the end."""
     device = batches.device
-    with seeded(seed, device):
-        optimizer = _checked(make_optimizer([p for p in model.parameters() if p.requires_grad], lr))
+    with seeded(seed, device), torch.enable_grad():
+        optimizer = _made(make_optimizer, [p for p in model.parameters() if p.requires_grad], lr)
         steps, accuracies, losses = [0], [accuracy_on(model, test)], [math.nan]
         model.train()
         recent: list[float] = []
@@ -122,14 +130,22 @@ def accuracy_on(model: nn.Module, test: Sequence[Batch]) -> float:
     right, samples = 0, 0
     with torch.no_grad():
         for x, y in test:
-            scores = forward(model, x)
-            right += int(((scores.argmax(1) == y) & scores.isfinite().all(1)).sum())
+            output = scores(model, x)
+            right += int(((output.argmax(1) == y) & output.isfinite().all(1)).sum())
             samples += len(y)
     model.train(training)
     return right / samples
 
 
-def _checked(optimizer: object) -> torch.optim.Optimizer:
+def _made(make_optimizer: MakeOptimizer, parameters: list[nn.Parameter], lr: float) -> torch.optim.Optimizer:
+    try:
+        optimizer: object = make_optimizer(parameters, lr)
+    except BatchNormError:
+        raise
+    except Exception as error:
+        raise InputError(
+            message("optimizer", got=raised(error), expected="a function (parameters, lr) -> optimizer")
+        ) from error
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise InputTypeError(
             message(
@@ -142,10 +158,34 @@ def _checked(optimizer: object) -> torch.optim.Optimizer:
 
 
 def _step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor) -> float:
-    loss: Any = F.cross_entropy(forward(model, x), y)
-    value = float(loss.item())
+    output = scores(model, x)
+    try:
+        loss = F.cross_entropy(output, y)
+        value = float(loss.item())
+        if math.isfinite(value):
+            optimizer.zero_grad()
+            loss.backward()
+    except Exception as error:
+        raise ModelError(
+            message(
+                "the model",
+                got=f"an error in a training step ({raised(error)})",
+                expected="scores that cross entropy and its gradient can be computed of",
+            )
+        ) from error
     if math.isfinite(value):
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        _update(optimizer)
     return value
+
+
+def _update(optimizer: torch.optim.Optimizer) -> None:
+    try:
+        optimizer.step()
+    except Exception as error:
+        raise InputTypeError(
+            message(
+                "optimizer",
+                got=f"{type(optimizer).__name__}, whose step() fails ({raised(error)})",
+                expected="an optimizer whose step() needs no argument",
+            )
+        ) from error

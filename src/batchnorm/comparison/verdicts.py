@@ -1,224 +1,248 @@
-"""Plain sentences that the numbers support, and no others."""
+"""The cards of a report: plain sentences that the numbers support, and no others."""
 
-from collections.abc import Sequence
-
+from batchnorm.comparison.claims import (
+    TOO_FEW,
+    ends_lower,
+    headline,
+    neither_trained,
+    rates_gained,
+    rates_lost,
+    too_few,
+    too_wide,
+    untrained,
+)
 from batchnorm.comparison.footing import Footing, Side
 from batchnorm.comparison.measures import Interval
 from batchnorm.comparison.summary import Summary, Target
+from batchnorm.comparison.wording import (
+    NO_DIFFERENCE,
+    average,
+    factor,
+    factors,
+    joined,
+    listed,
+    percent,
+    points,
+    span,
+)
 from batchnorm.report.document import Tone, Verdict
 
-__all__ = ["accuracy", "footing", "headline", "percent", "points", "rates", "span", "speed", "verdicts"]
+__all__ = ["accuracy", "footing", "headline", "rates", "speed", "verdicts"]
 
-NO_DIFFERENCE = "no difference seen"
+SOONER, BETTER = "How much sooner?", "How much better?"
+RATES, FOOTING = "At which learning rates?", "The same footing for every batch?"
+ONE_SEED = "One seed: no interval, so chance is not excluded."
 
 
 def verdicts(summary: Summary, layer: Footing | None) -> list[Verdict]:
     """The judged sentences, in the order in which they are read."""
     found = [speed(summary), accuracy(summary), rates(summary)]
-    return [*found, footing(layer)] if layer is not None else found
-
-
-def percent(share: float) -> str:
-    """0.9356 as "93.6 %"."""
-    return f"{100 * share:.1f} %"
-
-
-def points(difference: float) -> str:
-    """0.0213 as "+2.1 points"."""
-    return f"{100 * difference:+.1f} points".replace("-", "−")
-
-
-def span(difference: Interval) -> str:
-    """The bounds of a difference, "+1.6 to +6.6"; empty where they are not known."""
-    if difference.low is None or difference.high is None:
-        return ""
-    return f"{100 * difference.low:+.1f} to {100 * difference.high:+.1f}".replace("-", "−")
+    if layer is None:
+        return found
+    trained = bool(summary.plain.trained_at or summary.normalized.trained_at)
+    return [*found, footing(layer, trained=trained)]
 
 
 def speed(summary: Summary) -> Verdict:
-    """How many fewer steps batch norm needs to the plain network's best accuracy."""
-    label = "How much sooner?"
-    target = summary.targets[-1]
-    goal = percent(sum(target.accuracy) / len(target.accuracy))
+    """How many fewer steps batch norm needs to 99 % of the plain network's best accuracy."""
+    target = summary.judged
     if not summary.plain.trained_at:
-        return Verdict(label, "cannot be said", _never_trained(summary), "neutral")
+        return Verdict(SOONER, "cannot be said", _no_goal(summary), "neutral")
     if target.ratio is None:
-        return _unreached(label, target, goal)
-    plain, normalized = _mean(target.plain_steps), _mean(target.normalized_steps)
-    facts = (
-        f"The best test accuracy of the network without batch norm ({goal}) is reached after {normalized:.0f} steps "
-        f"with batch norm and {plain:.0f} without ({_seeds(target.ratio.n)})."
-    )
-    return _judged_ratio(label, target.ratio, facts, f"{_nearly(summary)}{_time(summary, target.ratio.mean)}")
+        return _unreached(summary, target)
+    ratio = target.ratio
+    with_, without = average(target.normalized_steps), average(target.plain_steps)
+    facts = f"{with_:.0f} steps instead of {without:.0f} to {_goal(target)}"
+    more = f"{_whole(summary)} {_time(summary, ratio)}"
+    if ratio.low is None:
+        return Verdict(SOONER, f"one seed: {factor(ratio)}", f"{facts}. {ONE_SEED} {more}", "neutral")
+    if not ratio.excludes(1):
+        wide = too_few(ratio, ratio=True)
+        text = f"{facts}; ratio {ratio.mean:.1f}, 95 % interval {ratio.low:.1f} to {ratio.high:.1f}."
+        why = " No difference seen: the interval " + ("is too wide." if wide else "holds 1.")
+        return Verdict(SOONER, TOO_FEW if wide else NO_DIFFERENCE, f"{text}{why} {more}", "neutral")
+    text = f"{facts}; 95 % interval {factors(ratio)}. Steps are means of {ratio.n} seeds. {more}"
+    return Verdict(SOONER, factor(ratio), text, "good" if ratio.mean > 1 else "bad")
 
 
 def accuracy(summary: Summary) -> Verdict:
     """Whether the best test accuracy differs, each network at its own best rate."""
-    plain, normalized = _mean(summary.plain.best), _mean(summary.normalized.best)
+    plain, normalized = summary.plain, summary.normalized
+    best = summary.best_difference
     text = (
-        f"Best test accuracy: {percent(normalized)} with batch norm, {percent(plain)} without. Each at its best "
-        f"learning rate ({summary.normalized.best_lr:g} and {summary.plain.best_lr:g}). At the end of training: "
-        f"{percent(_mean(summary.normalized.final))} and {percent(_mean(summary.plain.final))}"
-        f"{_at_the_end(summary.final_difference)}."
+        f"Best test accuracy {percent(average(normalized.best))}, without {percent(average(plain.best))}"
+        f"{_bounds(best)}; at the end of training {percent(average(normalized.final))} and "
+        f"{percent(average(plain.final))}{_at_the_end(summary.final_difference)}. Each network at its best learning "
+        f"rate ({normalized.best_lr:g} with batch norm, {plain.best_lr:g} without). {_losses(summary)}"
     )
-    if summary.plain.edge in ("lowest", "highest"):
-        text += (
-            f" Without batch norm that is the {summary.plain.edge} rate tried: a better one may lie outside."
-        )
-    return _judged_difference("How much better?", summary.best_difference, text)
+    if plain.edge in ("lowest", "highest"):
+        text += f" Without batch norm that rate is the {plain.edge} rate tried: a better one may lie outside."
+    claim = points(best.mean)
+    if best.low is None:
+        return Verdict(BETTER, f"one seed: {claim}", f"{text} {ONE_SEED}", "neutral")
+    text += f" The best accuracies differ by {claim}, paired by seed."
+    if too_few(best):
+        return Verdict(BETTER, TOO_FEW, f"{text} Of the best accuracies, {too_wide(best)}.", "neutral")
+    if not best.excludes(0):
+        return Verdict(BETTER, NO_DIFFERENCE, f"{text} The interval holds 0: no difference seen.", "neutral")
+    return Verdict(BETTER, claim, text, "good" if best.mean > 0 else "bad")
 
 
 def rates(summary: Summary) -> Verdict:
-    """At how many learning rates each still trains."""
+    """At how many learning rates each still trains; only rates whose final accuracies differ by more than chance."""
     plain, normalized = summary.plain.trained_at, summary.normalized.trained_at
-    total = len(summary.plain.rates)
-    text = (
-        f"With batch norm it trains {_at(normalized)}, without {_at(plain)}. To train means: with every seed the "
-        "final accuracy gets at least halfway from guessing to the best seen, and clearly above guessing."
+    sweep = [rate.lr for rate in summary.plain.rates]
+    gained, lost, lower = rates_gained(summary), rates_lost(summary), ends_lower(summary)
+    clear = sorted([*gained, *lost])
+    text = f"Trains {_at(normalized, sweep)} with batch norm, {_at(plain, sweep)} without"
+    text += f"; the difference is more than chance (95 %) {_at(clear, sweep)}." if clear else "."
+    text += (
+        f" To train means that every seed ends at {percent(summary.bar)} or more, which is at least halfway from "
+        f"guessing ({percent(summary.chance)}) to the best seen and clearly above guessing."
     )
-    lower = [
-        rate.lr
-        for rate, gap in zip(summary.plain.rates, summary.rate_differences, strict=True)
-        if gap.mean < 0 and gap.excludes(0)
-    ]
+    if not plain or not normalized:
+        arm, side = (summary.normalized, "With") if not normalized else (summary.plain, "Without")
+        text += f" {side} batch norm that happens at no rate. {untrained(summary, arm)}"
     if lower:
-        text += f" {_at(lower).capitalize()} the network without batch norm ends higher."
+        text += f" {_at(lower, sweep).capitalize()} the network without batch norm ends higher."
     if plain == normalized:
-        return Verdict("At which learning rates?", "the same", text, "neutral")
-    tone: Tone = (
-        "good" if set(plain) < set(normalized) else "bad" if set(normalized) < set(plain) else "neutral"
+        return Verdict(RATES, "the same", text, "neutral")
+    counts = f"{len(normalized)} of {len(sweep)}, not {len(plain)}"
+    if summary.one_seed:
+        return Verdict(RATES, f"one seed: {counts}", f"{text} {ONE_SEED}", "neutral")
+    if not clear:
+        more = "Where only one trains, the interval of the difference holds 0: no difference seen."
+        return Verdict(RATES, NO_DIFFERENCE, f"{text} {more}", "neutral")
+    changes = [f"{len(gained)} more"] if gained else []
+    changes += [f"{len(lost)} fewer"] if lost else []
+    whole = len(changes) == 1 and set(clear) == set(plain) ^ set(normalized)
+    head = counts if whole else f"{joined(changes)} of {len(sweep)}"
+    tone: Tone = "neutral" if gained and lost else "good" if gained else "bad"
+    return Verdict(RATES, head, text, tone)
+
+
+def footing(found: Footing, *, trained: bool = True) -> Verdict:
+    """How far batches lie apart at a hidden layer, without batch norm and after it."""
+    raw, side = (
+        (found.before, "before it") if found.without is None else (found.without, "without batch norm")
     )
-    return Verdict("At which learning rates?", f"{len(normalized)} of {total}, not {len(plain)}", text, tone)
-
-
-def footing(found: Footing) -> Verdict:
-    """Whether batches have the same distribution after normalization."""
-    text = f"After normalization, batch means lie {found.after.mean:.3f} σ from the average"
-    if found.without is not None:
-        text += f"; without batch norm, {found.without.mean:.3f} σ"
-    text += f". Mean and spread at {found.place}, root mean square over {found.batches} batches: "
-    text += f"before normalization {_offsets(found.before)}, after it {_offsets(found.after)}"
-    text += "." if found.without is None else f", without batch norm {_offsets(found.without)}."
+    head = f"{raw.mean:.3f} → {found.after.mean:.3f} σ"
+    text = f"Batch means lie {raw.mean:.3f} σ from the average {side}"
     if found.sampling is not None:
-        text += f" Drawing {found.values} samples at random moves a mean by about {found.sampling:.3f} σ by itself."
-    first = max(found.before.mean, found.before.spread)
-    left = max(found.after.mean, found.after.spread)
-    same = left < 0.01 and left < first / 10
-    head = "yes" if same else f"{left:.2f} σ apart"
-    return Verdict("The same footing for every batch?", head, text, "good" if same else "neutral")
-
-
-def headline(summary: Summary, model: str, data: str) -> str:
-    """The report's first sentence."""
-    if not summary.plain.trained_at and not summary.normalized.trained_at:
-        return f"Neither network trained on {data} at any of these learning rates."
-    if not summary.plain.trained_at:
-        return (
-            f"With batch norm, {model} trains on {data}; without, it trains at none of these learning rates."
+        text += f" (drawing {found.values} samples at random: {found.sampling:.3f} σ)"
+    same = max(found.after.mean, found.after.spread) < 0.01
+    text += f"; after it {found.after.mean:.3f} σ{', by construction' if same else ''}."
+    text += f" {_places(found)}"
+    if found.sampling is not None and found.before.mean < found.sampling / 2:
+        text += (
+            " Less than random drawing gives before normalization: the batch norms below have already evened out "
+            "this layer's input."
         )
-    ratio, difference = summary.targets[-1].ratio, summary.best_difference
-    claims: list[str] = []
-    if ratio is not None and ratio.excludes(1):
-        factor, kind = (ratio.mean, "fewer") if ratio.mean > 1 else (1 / ratio.mean, "more")
-        claims.append(
-            f"needs {factor:.1f}× {kind} steps to the accuracy that the plain network reaches at best"
-        )
-    if difference.excludes(0):
-        side = "higher" if difference.mean > 0 else "lower"
-        claims.append(f"peaks {abs(100 * difference.mean):.1f} points {side}")
-    if summary.plain.trained_at != summary.normalized.trained_at:
-        claims.append(
-            f"trains at {len(summary.normalized.trained_at)} of {len(summary.plain.rates)} learning rates instead of "
-            f"{len(summary.plain.trained_at)}"
-        )
-    if not claims:
-        return f"Between {model} with and without batch norm, no difference was seen on {data}."
-    return f"With batch norm, {model} on {data} {_join(claims)}."
+    if not same:
+        text += f" {_not_same(found)}"
+    good = same and trained and raw.mean > 10 * found.after.mean
+    return Verdict(FOOTING, head, text, "good" if good else "neutral")
 
 
-def _judged_ratio(label: str, ratio: Interval, facts: str, more: str) -> Verdict:
-    better = ratio.mean >= 1
-    claim = f"{ratio.mean:.1f}× fewer steps" if better else f"{1 / ratio.mean:.1f}× more steps"
-    if ratio.low is None:
-        text = f"{facts} One seed: no interval, so chance is not excluded. {more}"
-        return Verdict(label, claim, text, "neutral")
-    text = f"{facts} Ratio {ratio.mean:.1f}, 95 % interval {ratio.low:.1f} to {ratio.high:.1f}. {more}"
-    if not ratio.excludes(1):
-        return Verdict(label, NO_DIFFERENCE, text, "neutral")
-    return Verdict(label, claim, text, "good" if better else "bad")
-
-
-def _judged_difference(label: str, difference: Interval, text: str) -> Verdict:
-    claim = points(difference.mean)
-    if difference.low is None or difference.high is None:
-        return Verdict(label, claim, f"{text} One seed: no interval, so chance is not excluded.", "neutral")
-    text = f"{text} Paired difference of the best {claim}, 95 % interval {span(difference)}."
-    if not difference.excludes(0):
-        return Verdict(label, NO_DIFFERENCE, text, "neutral")
-    return Verdict(label, claim, text, "good" if difference.mean > 0 else "bad")
-
-
-def _unreached(label: str, target: Target, goal: str) -> Verdict:
-    seeds = len(target.normalized_steps)
-    reached = sum(steps is not None for steps in target.normalized_steps)
-    text = f"The best test accuracy of the network without batch norm ({goal}) is reached with batch norm in "
-    return Verdict(label, "not reached", f"{text}{reached} of {seeds} seeds within the steps given.", "bad")
-
-
-def _never_trained(summary: Summary) -> str:
-    partner = (
-        "the one with batch norm does"
-        if summary.normalized.trained_at
-        else "nor does the one with batch norm"
-    )
+def _no_goal(summary: Summary) -> str:
+    if not summary.normalized.trained_at:
+        text = f"{neither_trained(summary)}. {untrained(summary, summary.plain, summary.normalized)}"
+        return text[0].upper() + text[1:]
     return (
-        f"Without batch norm the network trains at none of these learning rates; {partner}. Its initialization or the "
-        "sweep may be the reason."
+        "Without batch norm the network trains at none of these learning rates, so there is no accuracy to reach; with "
+        f"batch norm it does. {untrained(summary, summary.plain)}"
     )
+
+
+def _unreached(summary: Summary, target: Target) -> Verdict:
+    steps = target.normalized_steps
+    reached = sum(value is not None for value in steps)
+    if reached == len(steps):
+        text = f"A network reaches {_goal(target)}, before its first step."
+        return Verdict(SOONER, "cannot be said", text, "neutral")
+    best = summary.best_difference
+    below = best.excludes(0) and best.mean < 0
+    text = f"{_goal(target)}, is reached with batch norm in {reached} of {len(steps)} seeds within the steps given."
+    if best.low is None:
+        text += f" {ONE_SEED}"
+    elif not below:
+        text += f" The best accuracies differ by {points(best.mean)} ({span(best)}): {NO_DIFFERENCE}."
+    else:
+        text += f" Its best accuracy lies {points(best.mean)} away ({span(best)})."
+    head = "not reached by every seed" if reached else "not reached"
+    return Verdict(SOONER, head, text, "bad" if below else "neutral")
+
+
+def _goal(target: Target) -> str:
+    return f"{percent(average(target.accuracy))}, {100 * target.share:.0f} % of the plain network's best"
+
+
+def _whole(summary: Summary) -> str:
+    """The steps to all of the plain network's best accuracy, which is not judged."""
+    target = summary.targets[-1]
+    goal = f"The whole of that best, {percent(average(target.accuracy))}, is the luckiest evaluation of many"
+    if target.ratio is None:
+        steps = target.normalized_steps
+        count = sum(value is not None for value in steps)
+        return f"{goal}; with batch norm {count} of {len(steps)} seeds reach it."
+    ratio = target.ratio
+    bounds = "" if ratio.low is None else f" ({ratio.low:.1f} to {ratio.high:.1f})"
+    return (
+        f"{goal}; it takes {average(target.normalized_steps):.0f} steps instead of "
+        f"{average(target.plain_steps):.0f}, a ratio of {ratio.mean:.1f}{bounds}."
+    )
+
+
+def _time(summary: Summary, ratio: Interval) -> str:
+    plain, normalized = summary.seconds_per_step
+    cost = normalized / plain
+    text = f"A step with batch norm took {cost:.1f}× as long here"
+    if not ratio.excludes(1):
+        return f"{text}."
+    gain = ratio.mean / cost
+    effect = f"{gain:.1f}× less" if gain >= 1 else f"{1 / gain:.1f}× more"
+    return f"{text}, which makes {effect} training time."
+
+
+def _bounds(difference: Interval) -> str:
+    return "" if difference.low is None else f" ({span(difference)})"
 
 
 def _at_the_end(difference: Interval) -> str:
     if difference.low is None:
         return ""
-    seen = "" if difference.excludes(0) else f": {NO_DIFFERENCE}"
-    return f" (paired difference {points(difference.mean)}, {span(difference)}{seen})"
+    return f" ({span(difference)})" if difference.excludes(0) else f": {NO_DIFFERENCE}"
 
 
-def _nearly(summary: Summary) -> str:
-    """The ratio to a slightly lower accuracy, which does not hang on the plain network's luckiest evaluation."""
-    target = summary.targets[-2]
-    if target.ratio is None or target.ratio.low is None:
-        return ""
+def _losses(summary: Summary) -> str:
+    """The training losses at the end: a network may fit its training data far better and not know more."""
+    sides = [_loss(arm.final_loss) for arm in (summary.normalized, summary.plain)]
+    return f"Training loss at the end: {sides[0]} with batch norm, {sides[1]} without."
+
+
+def _loss(values: tuple[float | None, ...]) -> str:
+    return "diverged" if all(value is None for value in values) else f"{average(values):.2g}"
+
+
+def _places(found: Footing) -> str:
+    text = f"Mean and spread at {found.place}, root mean square over {found.batches} batches: before normalization "
+    text += f"{_offsets(found.before)}, after it {_offsets(found.after)}"
+    return f"{text}." if found.without is None else f"{text}, without batch norm {_offsets(found.without)}."
+
+
+def _not_same(found: Footing) -> str:
+    if found.tiny:
+        many = f"{found.tiny} of {found.channels} channels have"
+        return f"After it batches still differ: {many} a variance below 10·eps, too small to be scaled to 1."
     return (
-        f"To {100 * target.share:.0f} % of that accuracy the ratio is {target.ratio.mean:.1f} "
-        f"({target.ratio.low:.1f} to {target.ratio.high:.1f}). "
+        "After it batches still differ: the layer does not use each batch's own statistics, or some channels vary too "
+        "little beside eps."
     )
-
-
-def _time(summary: Summary, ratio: float) -> str:
-    plain, normalized = summary.seconds_per_step
-    cost = normalized / plain
-    gain = ratio / cost
-    effect = f"{gain:.1f}× less" if gain >= 1 else f"{1 / gain:.1f}× more"
-    return f"A step with batch norm took {cost:.1f}× as long here, which makes {effect} training time."
 
 
 def _offsets(side: Side) -> str:
     return f"{side.mean:.3f} σ and {side.spread:.3f} σ"
 
 
-def _at(rates: Sequence[float]) -> str:
-    return "at " + _join([f"{rate:g}" for rate in rates]) if rates else "at none of the rates"
-
-
-def _join(parts: Sequence[str]) -> str:
-    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
-
-
-def _seeds(n: int) -> str:
-    return "one seed" if n == 1 else f"mean of {n} seeds"
-
-
-def _mean(values: Sequence[float | None]) -> float:
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known)
+def _at(lrs: list[float] | tuple[float, ...], sweep: list[float]) -> str:
+    return f"at {listed(lrs, sweep)}" if lrs else "at none of the rates"

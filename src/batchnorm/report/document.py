@@ -8,6 +8,7 @@ with a text alternative for people and terminals that do not see it.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from decimal import Decimal
 from typing import Any, Literal
 
 __all__ = [
@@ -15,8 +16,11 @@ __all__ = [
     "Block",
     "Document",
     "Figure",
+    "Formula",
     "Paragraph",
+    "Question",
     "Section",
+    "Slider",
     "Table",
     "Tone",
     "Verdict",
@@ -41,10 +45,11 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Paragraph:
-    """A paragraph of plain text; `small` marks method notes and caveats."""
+    """A paragraph of plain text; `small` marks method notes and caveats, `lead` is its first sentence, stressed."""
 
     text: str
     small: bool = False
+    lead: str = ""
 
 
 @dataclass(frozen=True)
@@ -74,7 +79,57 @@ class Figure:
     height: int = 380
 
 
-Block = Verdict | Paragraph | Table | Figure
+@dataclass(frozen=True)
+class Formula:
+    """A formula in plain characters, and the same line with numbers put in. A page's script may renew the numbers."""
+
+    id: str
+    text: str
+    numbers: str
+
+
+@dataclass(frozen=True)
+class Slider:
+    """A number that the reader of a page can move; elsewhere, a setting.
+
+    With `log`, `low`, `high`, `step` and `value` are exponents of 10. `digits` is how many decimals are shown.
+    A section of sliders alone stands beside the page and stays in sight.
+    """
+
+    id: str
+    label: str
+    low: float
+    high: float
+    step: float
+    value: float
+    unit: str = ""
+    digits: int = 0
+    log: bool = False
+
+    @property
+    def text(self) -> str:
+        """The value as it is shown, with its unit."""
+        number = f"{Decimal(f'{10**self.value:.2g}'):f}" if self.log else f"{self.value:.{self.digits}f}"
+        return f"{number} {self.unit}".rstrip()
+
+
+@dataclass(frozen=True)
+class Question:
+    """Predict, then see: `answer` is the index of the right option, `why` says what one sees.
+
+    On a page the answer appears once an option is chosen; a script of the page may first move the sliders
+    to `settings` (slider id to value).
+    """
+
+    id: str
+    text: str
+    options: Sequence[str]
+    answer: int
+    why: str
+    settings: Mapping[str, float] = field(default_factory=dict)
+
+
+Block = Verdict | Paragraph | Table | Figure | Formula | Slider | Question
 
 
 @dataclass(frozen=True)

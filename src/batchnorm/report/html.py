@@ -16,7 +16,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from batchnorm._files import require
-from batchnorm.report.document import Block, Document, Figure, Section, Verdict, finite
+from batchnorm.report.document import Block, Document, Figure, Question, Section, Slider, Verdict, finite
 from batchnorm.report.json import plain
 
 __all__ = ["check_available", "render", "render_fragment"]
@@ -28,16 +28,19 @@ _CARD_LIMIT = 150
 
 def check_available() -> None:
     """Raise `MissingDependencyError` now if a page with figures could not be rendered later."""
-    require("plotly.offline", package="plotly", extra="cli", purpose="an HTML report")
+    require("plotly.offline", package="plotly", purpose="an HTML report")
 
 
-def render(document: Document, data: Mapping[str, Any] | None = None) -> str:
+def render(document: Document, data: Mapping[str, Any] | None = None, script: str = "") -> str:
     """Return a document as one HTML page that needs no other file and no network.
 
     Args:
         document: what to show.
         data: the numbers behind it; when given, the page carries them and offers them as a
             JSON download.
+        script: JavaScript of the caller's own, run after the page's. `batchnormReport` has `data` (the numbers),
+            `settings()` and `set(id, value)` of the sliders, `redraw(id, data)` of a figure, and tells of a moved
+            slider or an answered question by the events "settings" and "question" of the document.
 
     Raises:
         MissingDependencyError: plotly is not installed and the document holds a figure.
@@ -56,8 +59,15 @@ def render(document: Document, data: Mapping[str, Any] | None = None) -> str:
         data=None if data is None else finite(data),
         css=_asset("page.css"),
         script=_asset("page.js"),
+        controls=_asset("controls.js") if _is_moved(document) else None,
+        own_script=Markup(_safe(script)),
         plotly=_plotly() if any(section["has_figure"] for section in sections) else None,
     )
+
+
+def _is_moved(document: Document) -> bool:
+    blocks = (block for section in document.sections for block in section.blocks)
+    return any(isinstance(block, Slider | Question) for block in blocks)
 
 
 def render_fragment(document: Document) -> str:
@@ -93,6 +103,7 @@ def _prepare_section(section: Section, taken: set[str]) -> dict[str, Any]:
         "title": section.title,
         "folded": section.folded,
         "groups": groups,
+        "controls": bool(section.blocks) and all(isinstance(block, Slider) for block in section.blocks),
         "has_figure": any(isinstance(block, Figure) for block in section.blocks),
     }
 
@@ -159,7 +170,11 @@ def _asset(name: str) -> Markup:
 
 @functools.cache
 def _plotly() -> Markup:
-    offline = require("plotly.offline", package="plotly", extra="cli", purpose="an HTML report")
+    offline = require("plotly.offline", package="plotly", purpose="an HTML report")
     source: str = offline.get_plotlyjs()
+    return Markup(_safe(source))
+
+
+def _safe(script: str) -> str:
     # A script element ends at the first "</script", even inside a string literal of its code.
-    return Markup(re.sub(r"</(script)", r"<\\/\1", source, flags=re.IGNORECASE))
+    return re.sub(r"</(script)", r"<\\/\1", script, flags=re.IGNORECASE)

@@ -54,7 +54,7 @@ def document_to_dict(document: Document) -> dict[str, Any]:
         >>> from batchnorm.report.document import Document, Paragraph, Section
         >>> report = Document("Title", "All is well.", [Section("First", [Paragraph("Hello.")])])
         >>> document_to_dict(report)["sections"][0]["blocks"]
-        [{'type': 'paragraph', 'text': 'Hello.', 'small': False}]
+        [{'type': 'paragraph', 'text': 'Hello.', 'small': False, 'lead': ''}]
     """
     content: dict[str, Any] = finite(
         {

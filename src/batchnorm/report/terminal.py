@@ -13,14 +13,26 @@ from rich.panel import Panel
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from batchnorm.report.document import Block, Document, Figure, Paragraph, Section, Table, Verdict
+from batchnorm.report.document import (
+    Block,
+    Document,
+    Figure,
+    Formula,
+    Paragraph,
+    Question,
+    Section,
+    Slider,
+    Table,
+    Verdict,
+)
 
-__all__ = ["render", "sparkline"]
+__all__ = ["render", "render_section", "sparkline"]
 
 _STYLE = {"good": "bold green", "bad": "bold red", "neutral": "bold"}
 _MARK = {"good": "+", "bad": "!", "neutral": "·"}
 _LEVELS = "▁▂▃▄▅▆▇█"
 _SPARK_WIDTH = 32
+_LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
 def render(document: Document, *, folded: bool = False, brief: bool = False) -> RenderableType:
@@ -53,6 +65,22 @@ def render(document: Document, *, folded: bool = False, brief: bool = False) -> 
         parts.append(Text())
         parts.append(_facts(document.facts))
     return Group(*parts)
+
+
+def render_section(section: Section) -> RenderableType:
+    """Return one section with its title, for a document that is shown step by step.
+
+    Example:
+        >>> from rich.console import Console
+        >>> from batchnorm.report.document import Formula, Section
+        >>> Console(width=60).print(render_section(Section("The mean", [Formula("m", "μ = Σx / n", "6 / 3 = 2")])))
+        <BLANKLINE>
+        The mean
+        <BLANKLINE>
+          μ = Σx / n
+          6 / 3 = 2
+    """
+    return Group(*_section(section, titled=True))
 
 
 def sparkline(values: Sequence[float], low: float, high: float, width: int = _SPARK_WIDTH) -> str:
@@ -98,6 +126,8 @@ def _section(section: Section, *, titled: bool) -> Iterator[RenderableType]:
                 if number:
                     yield Text()
                 yield _block(block)
+    if questions := [block for block in section.blocks if isinstance(block, Question)]:
+        yield from _answers(questions)
 
 
 def _verdicts(blocks: Sequence[Verdict]) -> RenderableType:
@@ -116,12 +146,34 @@ def _verdicts(blocks: Sequence[Verdict]) -> RenderableType:
 
 def _block(block: Block) -> RenderableType:
     if isinstance(block, Paragraph):
-        return Text(block.text, style="dim" if block.small else "")
+        lead = (f"{block.lead} ", "bold") if block.lead else ""
+        return Text.assemble(lead, block.text, style="dim" if block.small else "")
     if isinstance(block, Table):
         return _table(block)
     if isinstance(block, Figure):
         return _Plot(block)
+    if isinstance(block, Formula):
+        return Padding(Group(Text(block.text, style="bold"), Text(block.numbers)), (0, 0, 0, 2))
+    if isinstance(block, Slider):
+        return Text(f"{block.label}: {block.text}")
+    if isinstance(block, Question):
+        return _question(block)
     return _verdicts([block])
+
+
+def _question(block: Question) -> RenderableType:
+    options = [Text(f"  {letter}) {option}") for letter, option in zip(_LETTERS, block.options, strict=False)]
+    return Group(Text(block.text), *options)
+
+
+def _answers(questions: Sequence[Question]) -> Iterator[RenderableType]:
+    """The answers below all the questions, so that one may think first."""
+    yield Text()
+    yield Text("Answers", style="bold")
+    for number, block in enumerate(questions, start=1):
+        answer = f"{number}. {_LETTERS[block.answer]}) {block.options[block.answer]}. "
+        yield Text()
+        yield Text.assemble((answer, "bold"), (block.why, "dim"))
 
 
 def _table(block: Table) -> RenderableType:
@@ -176,7 +228,7 @@ class _Curve:
 
 def _sparklines(curves: Sequence[_Curve]) -> RenderableType:
     grid = RichTable.grid(padding=(0, 2))
-    grid.add_column(no_wrap=True, overflow="ellipsis", max_width=26)
+    grid.add_column(no_wrap=True, overflow="ellipsis", max_width=32)
     grid.add_column(no_wrap=True)
     grid.add_column(no_wrap=True, style="dim")
     # Curves that share an axis share a scale, so that their heights can be compared.
@@ -197,7 +249,9 @@ def _curves(figure: Figure) -> list[_Curve]:
     for trace in figure.data:
         name, mode = trace.get("name"), str(trace.get("mode", "lines"))
         is_line = trace.get("type", "scatter") == "scatter" and "lines" in mode
-        if not (name and is_line) or trace.get("showlegend") is False or trace.get("fill"):
+        # What has no legend entry is decoration, unless it belongs to another one's: a further panel.
+        is_decoration = trace.get("showlegend") is False and "legendgroup" not in trace
+        if not (name and is_line) or is_decoration or trace.get("fill"):
             continue
         values = [_number(value) for value in trace.get("y", ())]
         known = [index for index, value in enumerate(values) if math.isfinite(value)]

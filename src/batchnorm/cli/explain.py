@@ -1,0 +1,269 @@
+"""`batchnorm explain`: what batch norm does, step by step, on made-up runners or on the user's own numbers."""
+
+import csv
+import math
+import sys
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from batchnorm._errors import DataError, InputError, OutputError, message
+from batchnorm._files import check_writable, write_whole
+from batchnorm.cli._output import STDOUT, check_json_target, guarded, stderr, stdout, write_json
+
+if TYPE_CHECKING:
+    from batchnorm.explain import Trace
+    from batchnorm.report.document import Section
+
+__all__ = ["command"]
+
+_LAST = 9
+
+
+def command(
+    context: typer.Context,
+    code: Annotated[
+        str | None, typer.Argument(metavar="[CODE]", help="A rule's code; there are no rules yet.")
+    ] = None,
+    step: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            max=_LAST,
+            metavar="N",
+            help="One step: 0 raw times, 1 mean, 2 variance, 3 normalize, 4 scale and shift, 5 who is improving, "
+            "6 inside a network, 7 running statistics, 8 what is left out, 9 questions.",
+        ),
+    ] = None,
+    pause: Annotated[
+        bool, typer.Option("--pause/--no-pause", help="Wait for Enter between steps, in a terminal.")
+    ] = True,
+    values: Annotated[
+        str | None, typer.Option(metavar="1,2,3...", help="Your own batch of numbers instead of the runners.")
+    ] = None,
+    table: Annotated[
+        Path | None,
+        typer.Option("--csv", metavar="FILE", help="Your own table: a row a sample, a column a channel."),
+    ] = None,
+    column: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME", help="A column of the table; repeatable.  [default: all that hold numbers]"
+        ),
+    ] = None,
+    html: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write one HTML page; the runners' has sliders.")
+    ] = None,
+    json: Annotated[
+        str | None,
+        typer.Option(
+            "--json", metavar="FILE", help="Write JSON to FILE ('-': to stdout, and nothing else there)."
+        ),
+    ] = None,
+) -> None:
+    """Explain batch norm: mean, variance, normalize, scale and shift.
+
+    Made-up runners train on hot and cool days, and raw times hide who is
+    improving. Or give numbers of your own with --values or --csv.
+    """
+    with guarded(context):
+        _check(code, step, values, table, column, html, json)
+        if values is not None or table is not None:
+            _explain_trace(_own(values, table, column or []), step, pause, html, json)
+        else:
+            _explain_story(step, pause, html, json)
+
+
+def _check(
+    code: str | None,
+    step: int | None,
+    values: str | None,
+    table: Path | None,
+    column: list[str] | None,
+    html: Path | None,
+    json: str | None,
+) -> None:
+    """Refuse what does not fit together, before any work."""
+    if code is not None:
+        raise InputError(
+            message("CODE", got=repr(code), expected="nothing", fix="There are no rules to explain yet.")
+        )
+    if values is not None and table is not None:
+        raise InputError(message("--values and --csv", got="both", expected="one of them"))
+    if column and table is None:
+        raise InputError(message("--column", got=column[0], expected="--csv FILE with it"))
+    if (values is not None or table is not None) and step is not None and not 1 <= step <= 4:
+        raise InputError(message("--step", got=step, expected="1 to 4 for numbers of your own"))
+    if step is not None and (html is not None or json is not None):
+        raise InputError(
+            message(
+                "--step", got="it with --html or --json", expected="one of them", fix="Files hold all steps."
+            )
+        )
+    if html is not None:
+        if html.suffix.lower() not in (".html", ".htm"):
+            raise OutputError(message("--html", got=str(html), expected="a file that ends in .html"))
+        check_writable(html)
+        from batchnorm.report import html as renderer
+
+        renderer.check_available()
+    check_json_target(json)
+    if html is not None and json not in (None, STDOUT) and Path(str(json)).resolve() == html.resolve():
+        raise InputError(message("--json", got=f"the same file as --html, {html}", expected="another file"))
+
+
+def _explain_story(step: int | None, pause: bool, html: Path | None, json: str | None) -> None:
+    from batchnorm.explain import chapters
+
+    if html is not None or json is not None:
+        from batchnorm.explain.page import page, story_json
+
+        _write(page() if html is not None else "", html, story_json() if json is not None else "", json)
+        return
+    numbers = range(len(chapters.CHAPTERS)) if step is None else [step]
+    if step is None:
+        from rich.text import Text
+
+        stdout().print(Text(chapters.TITLE, style="bold"), Text(chapters.lead()), sep="\n\n")
+    _show((chapters.chapter(number) for number in numbers), pause)
+
+
+def _explain_trace(
+    trace: "Trace", step: int | None, pause: bool, html: Path | None, json: str | None
+) -> None:
+    if html is not None or json is not None:
+        from batchnorm.report.html import render
+
+        text = render(trace.document(), trace.to_dict()) if html is not None else ""
+        _write(text, html, trace.to_json(), json)
+        return
+    sections = trace.document().sections  # the batch, then the four steps
+    if step is None:
+        stdout().print(trace.document().verdict, markup=False)
+    _show(sections if step is None else [sections[step]], pause)
+
+
+def _write(page: str, html: Path | None, numbers: str, json: str | None) -> None:
+    """Write what was asked for, and say where it lies."""
+    console = stderr() if json == STDOUT else stdout()
+    if html is not None:
+        write_whole(html, page)
+        console.print(f"page: {html}", soft_wrap=True, markup=False)
+    written = write_json(numbers, json) if json is not None else None
+    if written is not None:
+        console.print(f"json: {written}", soft_wrap=True, markup=False)
+
+
+def _show(sections: Iterable["Section"], pause: bool) -> None:
+    """Print the sections one after the other; wait between them where someone sits at a terminal."""
+    from batchnorm.report import terminal
+
+    console = stdout()
+    waits = pause and console.is_terminal and _someone_sits_there()
+    for number, section in enumerate(sections):
+        if number and waits:
+            console.print()
+            try:
+                console.input("[dim]Enter for the next step, Ctrl-C to end[/] ")
+            except EOFError:
+                waits = False
+        console.print(terminal.render_section(section))
+
+
+def _someone_sits_there() -> bool:
+    return sys.stdin.isatty()
+
+
+def _own(values: str | None, table: Path | None, columns: list[str]) -> "Trace":
+    from batchnorm.explain import trace
+
+    if table is None:
+        return trace(_numbers(values or ""))
+    names, rows = _read(table, columns)
+    return replace(trace(rows), names=names)
+
+
+def _numbers(text: str) -> list[float]:
+    """Numbers between commas, semicolons or spaces."""
+    parts = text.replace(",", " ").replace(";", " ").split()
+    numbers = [_number(part) for part in parts]
+    for part, number in zip(parts, numbers, strict=True):
+        if number is None:
+            raise InputError(
+                message(
+                    "--values",
+                    got=repr(part),
+                    expected="finite numbers between commas",
+                    fix="As in 81,84,93.",
+                )
+            )
+    if len(numbers) < 2:
+        raise InputError(
+            message("--values", got=repr(text), expected="at least two numbers", fix="As in 1,2,3.")
+        )
+    return [number for number in numbers if number is not None]
+
+
+def _number(text: str) -> float | None:
+    try:
+        value = float(text)
+    except ValueError:
+        return None
+    return value if math.isfinite(value) else None
+
+
+def _read(path: Path, wanted: list[str]) -> tuple[tuple[str, ...], list[list[float]]]:
+    """The names of the columns and the rows of a CSV file with a header; without names, all columns of numbers."""
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            lines = [line for line in csv.reader(file) if any(cell.strip() for cell in line)]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        reason = getattr(error, "strerror", None) or "it is no text in UTF-8 with commas"
+        raise DataError(
+            message(f"--csv {path}", got=reason, expected="a CSV file that can be read")
+        ) from error
+    if len(lines) < 3:
+        got = f"{len(lines)} lines"
+        raise DataError(message(f"--csv {path}", got=got, expected="a line of names and at least two rows"))
+    header, rows = [cell.strip() for cell in lines[0]], lines[1:]
+    for number, row in enumerate(rows, start=2):
+        if len(row) != len(header):
+            raise DataError(
+                message(f"--csv {path}, row {number}", got=f"{len(row)} cells", expected=f"{len(header)}")
+            )
+    chosen = [_place(path, header, name) for name in wanted] or [
+        place for place in range(len(header)) if all(_number(row[place]) is not None for row in rows)
+    ]
+    if not chosen:
+        raise DataError(
+            message(
+                f"--csv {path}",
+                got="no column that holds numbers alone",
+                expected="one",
+                fix="Name the columns in the first line, and fill or remove empty cells.",
+            )
+        )
+    return tuple(header[place] for place in chosen), [
+        [_cell(path, number, header[place], row[place]) for place in chosen]
+        for number, row in enumerate(rows, start=2)
+    ]
+
+
+def _place(path: Path, header: list[str], name: str) -> int:
+    if name not in header:
+        raise DataError(
+            message(f"--csv {path}, --column", got=repr(name), expected=f"one of {', '.join(header)}")
+        )
+    return header.index(name)
+
+
+def _cell(path: Path, row: int, column: str, text: str) -> float:
+    value = _number(text)
+    if value is None:
+        raise DataError(
+            message(f"--csv {path}, row {row}, column {column}", got=repr(text), expected="a finite number")
+        )
+    return value

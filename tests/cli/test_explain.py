@@ -1,0 +1,170 @@
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from typer.testing import Result
+
+import batchnorm.cli.explain
+from batchnorm.explain.chapters import CHAPTERS
+
+Run = Callable[..., Result]
+
+TABLE = "name, time ,heat\nAnn,81,15\nBen,84,16.5\n\nCid,93,30\n"
+
+
+def only_error(result: Result) -> str:
+    """The one line that a user sees when something is wrong."""
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert result.stderr.count("\n") == 1
+    assert result.stderr.startswith("error: ")
+    return result.stderr
+
+
+def test_the_story_is_told_without_waiting_in_a_pipe(run: Run) -> None:
+    result = run("explain")
+    assert result.exit_code == 0
+    places = [result.stdout.index(f"\n{chapter.title}\n") for chapter in CHAPTERS]
+    assert places == sorted(places)
+    assert "made up" in result.stdout
+    assert "correlation 0.21" in result.stdout
+    assert "correlation 0.87" in result.stdout
+    assert "σ² = Σ(x − μ)² / n" in result.stdout
+    assert "Answers" in result.stdout
+
+
+@pytest.mark.parametrize("step", range(len(CHAPTERS)))
+def test_one_step_is_that_step_alone(run: Run, step: int) -> None:
+    result = run("explain", "--step", str(step))
+    assert result.exit_code == 0
+    shown = [chapter.title for chapter in CHAPTERS if f"\n{chapter.title}\n" in result.stdout]
+    assert shown == [CHAPTERS[step].title]
+
+
+def test_help_names_every_step(run: Run) -> None:
+    text = " ".join(run("explain", "--help").stdout.split())
+    for number in range(len(CHAPTERS)):
+        assert f"{number} " in text
+    assert str(batchnorm.cli.explain._LAST) == str(len(CHAPTERS) - 1)
+
+
+def test_values_are_traced(run: Run) -> None:
+    result = run("explain", "--values", "81, 84;93")
+    assert result.exit_code == 0
+    assert "(81 + 84 + 93) / 3 = 86" in result.stdout
+    assert "Step 4: scale and shift" in result.stdout
+    one = run("explain", "--values", "81,84,93", "--step", "2")
+    assert "Step 2" in one.stdout
+    assert "Step 1" not in one.stdout
+
+
+def test_a_table_is_traced_by_its_columns_of_numbers(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "runs.csv").write_text(TABLE)
+    content = json.loads(run("explain", "--csv", "runs.csv", "--json", "-").stdout)
+    assert content["names"] == ["time", "heat"]
+    assert content["mean"] == [86, 20.5]
+    chosen = json.loads(run("explain", "--csv", "runs.csv", "--column", "heat", "--json", "-").stdout)
+    assert chosen["x"] == [[15], [16.5], [30]]
+
+
+def test_files_appear_and_are_named(run: Run, tmp_path: Path) -> None:
+    result = run("explain", "--html", "story.html", "--json", "story.json")
+    assert result.exit_code == 0
+    assert result.stdout == "page: story.html\njson: story.json\n"
+    assert 'type="range"' in (tmp_path / "story.html").read_text("utf-8")
+    content = json.loads((tmp_path / "story.json").read_text("utf-8"))
+    assert (content["kind"], content["schema_version"]) == ("explain", 1)
+    own = run("explain", "--values", "1,2,6", "--html", "own.html", "--json", "-")
+    assert json.loads(own.stdout)["kind"] == "trace"
+    assert own.stderr == "page: own.html\n"
+    assert 'type="range"' not in (tmp_path / "own.html").read_text("utf-8")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["BN001"], "There are no rules to explain yet"),
+        (["--values", "1,two,3"], "got 'two', expected finite numbers"),
+        (["--values", "1,nan"], "got 'nan'"),
+        (["--values", "7"], "at least two numbers"),
+        (["--values", ""], "at least two numbers"),
+        (["--values", "1,2", "--csv", "runs.csv"], "got both"),
+        (["--values", "1,2", "--step", "5"], "expected 1 to 4"),
+        (["--values", "1,2", "--column", "time"], "expected --csv"),
+        (["--csv", "no.csv"], "--csv no.csv: got No such file or directory"),
+        (["--csv", "."], "Is a directory"),
+        (["--csv", "runs.csv", "--column", "pace"], "got 'pace', expected one of name, time, heat"),
+        (["--csv", "runs.csv", "--column", "name"], "row 2, column name: got 'Ann'"),
+        (["--csv", "words.csv"], "no column that holds numbers alone"),
+        (["--csv", "ragged.csv"], "row 3: got 1 cells, expected 2"),
+        (["--csv", "short.csv"], "at least two rows"),
+        (["--csv", "binary.csv"], "no text in UTF-8"),
+        (["--html", "story.txt"], "ends in .html"),
+        (["--html", "no/story.html"], "mkdir -p no"),
+        (["--json", "no/story.json"], "mkdir -p no"),
+        (["--html", "a.html", "--json", "a.html"], "the same file"),
+        (["--step", "1", "--json", "-"], "Files hold all steps"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_input_is_one_line_and_leaves_no_file(
+    run: Run, tmp_path: Path, arguments: list[str], says: str
+) -> None:
+    (tmp_path / "runs.csv").write_text(TABLE)
+    (tmp_path / "words.csv").write_text("a,b\nx,y\nz,w\n")
+    (tmp_path / "ragged.csv").write_text("a,b\n1,2\n3\n")
+    (tmp_path / "short.csv").write_text("a,b\n1,2\n")
+    (tmp_path / "binary.csv").write_bytes(b"\xff\xfe\x00\x81")
+    before = sorted(tmp_path.iterdir())
+    assert says in only_error(run("explain", *arguments))
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("step", ["10", "-1", "two"])
+def test_an_unknown_step_is_wrong_usage(run: Run, step: str) -> None:
+    result = run("explain", "--step", step)
+    assert result.exit_code == 2
+    assert "--step" in result.stderr
+
+
+@pytest.mark.parametrize("options", [[], ["--no-pause"]], ids=["pause", "no pause"])
+def test_a_terminal_waits_for_enter_between_steps(
+    run: Run, monkeypatch: pytest.MonkeyPatch, options: list[str]
+) -> None:
+    waits: list[str] = []
+
+    class Terminal(Console):
+        is_terminal = True  # type: ignore[assignment]
+
+        def input(self, prompt: object = "", **_: object) -> str:  # type: ignore[override]
+            waits.append(str(prompt))
+            return ""
+
+    monkeypatch.setattr(batchnorm.cli.explain, "stdout", Terminal)
+    monkeypatch.setattr(batchnorm.cli.explain, "_someone_sits_there", lambda: True)
+    assert run("explain", "--values", "1,2,6", *options).exit_code == 0
+    assert len(waits) == (0 if options else 4)
+
+
+def test_ctrl_c_ends_it_quietly(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(batchnorm.cli.explain, "_show", interrupt)
+    result = run("explain", "--values", "1,2")
+    assert result.exit_code == 130
+    assert result.stderr == "interrupted\n"
+
+
+def test_help_is_quick(process: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+    code = (
+        "import sys\nfrom batchnorm.cli import main\n"
+        "try: main(['explain', '--help'])\nexcept SystemExit: pass\n"
+        "assert not {'torch', 'numpy', 'rich.table'} & set(sys.modules)\n"
+    )
+    result = process("-c", code)
+    assert result.returncode == 0, result.stderr
+    assert "made-up runners" in " ".join(result.stdout.lower().split())
