@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cli_helpers import only_error
 from typer.testing import Result
 
 import batchnorm.comparison
@@ -93,15 +94,6 @@ def nets(tmp_path: Path) -> None:
     (tmp_path / "broken.py").write_text("import nothing_of_that_name")
     (tmp_path / "unfinished.py").write_text("def make(:")
     (tmp_path / "leaving.py").write_text("import sys; sys.exit(0)")
-
-
-def only_error(result: Result) -> str:
-    """The one line that a user sees when something is wrong."""
-    assert result.exit_code == 2
-    assert result.stdout == ""
-    assert result.stderr.count("\n") == 1
-    assert result.stderr.startswith("error: ")
-    return result.stderr
 
 
 def files(folder: Path) -> list[str]:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from cli_helpers import only_error
 from rich.console import Console
 from typer.testing import Result
 
@@ -13,15 +14,6 @@ from batchnorm.explain.chapters import CHAPTERS
 Run = Callable[..., Result]
 
 TABLE = "name, time ,heat\nAnn,81,15\nBen,84,16.5\n\nCid,93,30\n"
-
-
-def only_error(result: Result) -> str:
-    """The one line that a user sees when something is wrong."""
-    assert result.exit_code == 2
-    assert result.stdout == ""
-    assert result.stderr.count("\n") == 1
-    assert result.stderr.startswith("error: ")
-    return result.stderr
 
 
 def test_the_story_is_told_without_waiting_in_a_pipe(run: Run) -> None:

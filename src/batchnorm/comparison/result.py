@@ -1,24 +1,18 @@
 """`Comparison`: the result, and its forms as text, JSON, report and file."""
 
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from batchnorm._errors import InputError, message
-from batchnorm._files import write_whole
 from batchnorm.comparison.footing import Footing
 from batchnorm.comparison.story import tell
 from batchnorm.comparison.summary import Summary
 from batchnorm.comparison.training import Run
 from batchnorm.comparison.verdicts import headline, verdicts
 from batchnorm.report.document import Document
-from batchnorm.report.json import to_json
+from batchnorm.report.reported import Reported
 
 __all__ = ["Comparison", "Setup"]
-
-SCHEMA_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -59,7 +53,7 @@ class Setup:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Comparison(Reported):
     """The same network with and without batch norm: all curves, the summary and what may be said about it.
 
     Args:
@@ -79,6 +73,9 @@ class Comparison:
         >>> len(result.runs), result.interrupted
         (2, False)
     """
+
+    kind: ClassVar[str] = "comparison"
+    schema_version: ClassVar[int] = 1
 
     setup: Setup
     runs: tuple[Run, ...]
@@ -121,39 +118,6 @@ class Comparison:
             "notes": list(self.notes),
             "facts": dict(self.facts),
         }
-
-    def to_json(self) -> str:
-        """The whole result as strict JSON with `kind` "comparison" and `schema_version` 1; NaN becomes null."""
-        return to_json(self.to_dict(), kind="comparison", schema_version=SCHEMA_VERSION)
-
-    def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the report, whole or not at all: a self-contained page for `.html`, the numbers for `.json`.
-
-        Raises:
-            InputError: another suffix.
-            MissingDependencyError: `.html` without the packages that draw it.
-            OutputError: the file cannot be written.
-        """
-        suffix = Path(path).suffix.lower()
-        if suffix == ".json":
-            return write_whole(path, self.to_json() + "\n")
-        if suffix in (".html", ".htm"):
-            from batchnorm.report.html import render  # jinja2 is optional; JSON does without
-
-            return write_whole(path, render(self.document(), self.to_dict()))
-        raise InputError(
-            message(
-                "output path",
-                got=str(path),
-                expected="a name that ends in .html or .json",
-                fix="Add a suffix.",
-            )
-        )
-
-    def _repr_html_(self) -> str:
-        from batchnorm.report.html import render_fragment  # jinja2 is optional; only notebooks ask for this
-
-        return render_fragment(self.document())
 
     def __str__(self) -> str:
         lines = [self.verdict]

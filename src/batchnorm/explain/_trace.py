@@ -1,28 +1,24 @@
 """`trace`: the four steps of batch norm as data, on the user's own array."""
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from batchnorm._errors import InputError, InputTypeError, message
-from batchnorm._files import write_whole
 from batchnorm.explain._steps import LAWS, four_steps, listed
 from batchnorm.report.document import Document
-from batchnorm.report.json import to_json
+from batchnorm.report.reported import Reported
 
 __all__ = ["Trace", "number", "trace"]
 
-SCHEMA_VERSION = 1
 _SHOWN = 6
 
 
 @dataclass(frozen=True, eq=False)
-class Trace:
+class Trace(Reported):
     """The four steps of batch norm on one batch, all numbers float64.
 
     Args:
@@ -45,6 +41,9 @@ class Trace:
         >>> steps.y.round(decimals=3).tolist()
         [8.148, 9.074, 12.777]
     """
+
+    kind: ClassVar[str] = "trace"
+    schema_version: ClassVar[int] = 1
 
     x: Tensor
     mean: Tensor
@@ -81,39 +80,6 @@ class Trace:
         }
         given = {"shape": list(self.x.shape), "count": self.count, "eps": self.eps, "names": list(self.names)}
         return {**given, **tensors}
-
-    def to_json(self) -> str:
-        """The four steps as strict JSON with `kind` "trace" and `schema_version` 1."""
-        return to_json(self.to_dict(), kind="trace", schema_version=SCHEMA_VERSION)
-
-    def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the steps, whole or not at all: a self-contained page for `.html`, the numbers for `.json`.
-
-        Raises:
-            InputError: another suffix.
-            MissingDependencyError: `.html` without the packages that draw it.
-            OutputError: the file cannot be written.
-        """
-        suffix = Path(path).suffix.lower()
-        if suffix == ".json":
-            return write_whole(path, self.to_json() + "\n")
-        if suffix in (".html", ".htm"):
-            from batchnorm.report.html import render  # jinja2 is optional; JSON does without
-
-            return write_whole(path, render(self.document(), self.to_dict()))
-        raise InputError(
-            message(
-                "output path",
-                got=str(path),
-                expected="a name that ends in .html or .json",
-                fix="Add a suffix.",
-            )
-        )
-
-    def _repr_html_(self) -> str:
-        from batchnorm.report.html import render_fragment  # jinja2 is optional; only notebooks ask for this
-
-        return render_fragment(self.document())
 
     def __str__(self) -> str:
         lines = [f"batch norm of {self.count} values in {plural(self.channels, 'channel')}, ε = {self.eps:g}"]

@@ -13,6 +13,7 @@ from batchnorm.report.document import Table as Table
 from batchnorm.report.document import Tone as Tone
 from batchnorm.report.document import Verdict as Verdict
 from batchnorm.report.document import finite as finite
+from batchnorm.report.reported import Reported as Reported
 
 __all__ = [
     "COLOURS",
@@ -22,6 +23,7 @@ __all__ = [
     "Formula",
     "Paragraph",
     "Question",
+    "Reported",
     "Section",
     "Slider",
     "Table",
