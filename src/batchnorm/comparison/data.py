@@ -248,7 +248,14 @@ def load_data(name: str) -> Data:
         MissingDependencyError: the package that carries the data is not installed.
     """
     if name not in DATA:
-        raise DataError(message("data", got=repr(name), expected=f"one of {', '.join(DATA)}"))
+        raise DataError(
+            message(
+                "data",
+                got=repr(name),
+                expected=f"one of {', '.join(DATA)}",
+                fix="Your own data is given as a function that returns four arrays or two loaders.",
+            )
+        )
     return DATA[name]()
 
 
