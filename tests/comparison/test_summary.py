@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from batchnorm.comparison.measures import Interval, t_interval
+from batchnorm.comparison.story import _steps_table
 from batchnorm.comparison.summary import Summary, summarize
 from batchnorm.comparison.training import Run
 from batchnorm.comparison.verdicts import accuracy, headline, rates, speed, verdicts
@@ -400,3 +401,11 @@ def test_numbers_in_words() -> None:
     assert factor(Interval(0.5, 0.25, 0.8, 3)) == "2.0× more steps"
     assert factors(Interval(0.5, 0.25, 0.8, 3)) == "1.2× to 4.0×"
     assert listed([0.1, 0.3, 1.0, 10.0], [0.03, 0.1, 0.3, 1.0, 3.0, 10.0]) == "0.1 to 1 and 10"
+
+
+def test_the_steps_table_claims_no_verdict_where_the_plain_network_never_trains() -> None:
+    captions = [
+        _steps_table(summarize(runs, CHANCE, SAMPLES)).caption
+        for runs in (sweep(), [run(False, 0.1, 0, [0.1, 0.1]), run(True, 0.1, 0, [0.1, 0.9])])
+    ]
+    assert ["verdict rests on the 99 %" in caption for caption in captions] == [True, False]

@@ -42,8 +42,9 @@ def _network(setup: "Setup") -> str:
         "inserted before each hidden activation" if setup.how == "insert" else "removed from the given model"
     )
     plain, normalized = setup.parameters
+    layers = "layer" if setup.layers == 1 else "layers"
     return (
-        f"Network: {setup.model}, {setup.describe}. Batch norm was {verb} ({setup.layers} layers); a bias stands only "
+        f"Network: {setup.model}, {setup.describe}. Batch norm was {verb} ({setup.layers} {'layer' if setup.layers == 1 else 'layers'}); a bias stands only "
         f"where no batch norm follows. {normalized:,} parameters with, {plain:,} without. Every weight that both "
         "networks have starts with the same value."
     )
