@@ -44,8 +44,8 @@ def _network(setup: "Setup") -> str:
     plain, normalized = setup.parameters
     layers = "layer" if setup.layers == 1 else "layers"
     return (
-        f"Network: {setup.model}, {setup.describe}. Batch norm was {verb} ({setup.layers} {layers}); a bias stands only "
-        f"where no batch norm follows. {normalized:,} parameters with, {plain:,} without. Every weight that both "
+        f"Network: {setup.model}, {setup.describe}. Batch norm was {verb} ({setup.layers} {layers}); a bias stands "
+        f"only where no batch norm follows. {normalized:,} parameters with, {plain:,} without. Every weight that both "
         "networks have starts with the same value."
     )
 
