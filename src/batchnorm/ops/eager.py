@@ -128,30 +128,32 @@ class Normalize(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        input, weight, bias, mask, mean, invstd, kept = ctx.saved_tensors
-        residual = ctx.residual_dtype is not None
-        grads: formula.Gradients
-        if torch.is_grad_enabled():
-            given = (mean, invstd)
-            grads = formula.gradients(
-                ctx.kernels,
-                grad_output,
-                input,
-                weight,
-                bias,
-                kept,
-                residual,
-                mask,
-                given,
-                mean.shape[0],
-                0.0,
-                *ctx.rule,
-            )
-        else:
-            grads = constant_statistics_gradients(
-                ctx.kernels, grad_output, input, mean, invstd, weight, bias, kept, residual, mask, *ctx.rule
-            )
+        grads = normalize_gradients(ctx, grad_output, ctx.kernels, ctx.kernels)
         return _hand_back(grads, ctx.needs_input_grad, ctx.residual_dtype, 10)
+
+
+def normalize_gradients(ctx: Any, grad_output: Tensor, kernels: Any, primitives: Any) -> formula.Gradients:
+    """The gradients of `normalize` for both doors, which save the same and differ in who runs the `primitives`."""
+    input, weight, bias, mask, mean, invstd, kept = ctx.saved_tensors
+    residual = ctx.residual_dtype is not None
+    if not torch.is_grad_enabled():
+        return constant_statistics_gradients(
+            primitives, grad_output, input, mean, invstd, weight, bias, kept, residual, mask, *ctx.rule
+        )
+    return formula.gradients(
+        kernels,
+        grad_output,
+        input,
+        weight,
+        bias,
+        kept,
+        residual,
+        mask,
+        (mean, invstd),
+        mean.shape[0],
+        0.0,
+        *ctx.rule,
+    )
 
 
 def constant_statistics_gradients(

@@ -14,7 +14,7 @@ from batchnorm._activations import activation_named
 from batchnorm.ops import formula
 from batchnorm.ops.aten import Running
 from batchnorm.ops.backends import kernels_of
-from batchnorm.ops.eager import constant_statistics_gradients, keep, like
+from batchnorm.ops.eager import keep, like, normalize_gradients
 
 __all__ = ["normalize", "train"]
 
@@ -162,40 +162,11 @@ class _Registered:
 
 
 def _normalize_backward(ctx: Any, grad_output: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    input, weight, bias, mask, mean, invstd, kept = ctx.saved_tensors
-    residual = ctx.residual_dtype is not None
-    if torch.is_grad_enabled():
-        kernels = kernels_of(ctx.backend)
-        given = (mean, invstd)
-        grads = formula.gradients(
-            kernels,
-            grad_output,
-            input,
-            weight,
-            bias,
-            kept,
-            residual,
-            mask,
-            given,
-            mean.shape[0],
-            0.0,
-            *ctx.rule,
-        )
-    else:
-        grads = constant_statistics_gradients(
-            _Registered(ctx.backend),
-            grad_output,
-            input,
-            mean,
-            invstd,
-            weight,
-            bias,
-            kept,
-            residual,
-            mask,
-            *ctx.rule,
-        )
-    dx, dweight, dbias, dresidual = _present(*grads, weight, bias, ctx.residual_dtype)
+    dx, dweight, dbias, dresidual = normalize_gradients(
+        ctx, grad_output, kernels_of(ctx.backend), _Registered(ctx.backend)
+    )
+    if dresidual is not None:
+        dresidual = dresidual.to(ctx.residual_dtype)
     return dx, None, None, dweight, dbias, dresidual, *(None,) * 4
 
 
@@ -208,13 +179,12 @@ def _present(
     bias: Tensor | None,
     residual_dtype: torch.dtype | None,
 ) -> formula.Gradients:
-    """The gradients of what there is: operators return an empty tensor for what there is not."""
-    present = residual_dtype is not None and dresidual is not None
+    """The gradients of what there is: `backward` returns an empty tensor for what there is not."""
     return (
         dx,
         None if weight is None else dweight,
         None if bias is None else dbias,
-        dresidual.to(residual_dtype) if present and dresidual is not None else None,
+        None if residual_dtype is None or dresidual is None else dresidual.to(residual_dtype),
     )
 
 
