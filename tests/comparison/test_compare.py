@@ -56,12 +56,12 @@ class Stop(Silent):
         self.finished = 0
         self.ended = False
 
-    def step(self, step: int, steps: int, loss: float, accuracy: float | None) -> None:
+    def step(self, step: int, steps: int, loss: float, score: float | None) -> None:
         if self.finished == self.after:
             raise KeyboardInterrupt
 
     def run_finished(
-        self, label: str, normalized: bool, lr: float, seed: int, final_accuracy: float, diverged: bool
+        self, label: str, normalized: bool, lr: float, seed: int, final_score: float, diverged: bool
     ) -> None:
         self.finished += 1
 
@@ -75,8 +75,8 @@ def test_every_pair_is_trained_and_recorded(result: Comparison) -> None:
     ]
     for run in result.runs:
         assert run.steps == tuple(range(31))
-        assert len(run.accuracy) == len(run.loss) == 31
-        assert all(0 <= value <= 1 for value in run.accuracy)
+        assert len(run.score) == len(run.loss) == 31
+        assert all(0 <= value <= 1 for value in run.score)
         assert run.trained_steps == 30
         assert run.loss[-1] < run.loss[1]
     assert result.setup.how == "insert"
@@ -85,26 +85,26 @@ def test_every_pair_is_trained_and_recorded(result: Comparison) -> None:
 
 def test_json_has_the_documented_shape_and_the_numbers_of_the_runs(result: Comparison) -> None:
     found = json.loads(result.to_json())
-    assert (found["kind"], found["schema_version"]) == ("comparison", 1)
+    assert (found["kind"], found["schema_version"]) == ("comparison", 2)
     assert set(found) == {
         *("kind", "schema_version", "verdict", "verdicts", "interrupted", "setup"),
         *("summary", "footing", "runs", "notes", "facts"),
     }
     assert set(found["setup"]) == {
-        *("model", "data", "describe", "samples", "how", "layers", "parameters", "optimizer"),
+        *("model", "task", "data", "describe", "samples", "how", "layers", "parameters", "optimizer"),
         *("lrs", "seeds", "steps", "batch_size", "every", "device"),
     }
     assert set(found["summary"]) == {
-        *("seeds", "chance", "plain", "normalized", "rate_differences"),
+        *("seeds", "task", "chance", "plain", "normalized", "rate_differences"),
         *("best_difference", "final_difference", "targets", "seconds_per_step"),
     }
     assert set(found["runs"][0]) == {
-        *("normalized", "lr", "seed", "steps", "accuracy", "loss", "diverged", "trained_steps", "seconds"),
+        *("normalized", "lr", "seed", "steps", "score", "loss", "diverged", "trained_steps", "seconds"),
     }
     assert found["runs"][0]["loss"][0] is None
-    assert found["runs"][3]["accuracy"] == list(result.runs[3].accuracy)
+    assert found["runs"][3]["score"] == list(result.runs[3].score)
     assert found["interrupted"] is False
-    finals = [run.accuracy[-1] for run in result.runs if not run.normalized and run.lr == 0.1]
+    finals = [run.score[-1] for run in result.runs if not run.normalized and run.lr == 0.1]
     assert found["summary"]["plain"]["rates"][1]["final"]["mean"] == pytest.approx(np.mean(finals))
 
 
@@ -213,13 +213,13 @@ def test_progress_is_told_everything(data: Arrays) -> None:
         def __init__(self) -> None:
             self.calls = []
 
-        def start(self, total_runs: int, describe: str) -> None:
+        def start(self, total_runs: int, describe: str, task: str) -> None:
             self.calls.append(("start", (total_runs, describe)))
 
         def run_started(self, label: str, normalized: bool, lr: float, seed: int) -> None:
             self.calls.append(("run", (normalized, lr, seed)))
 
-        def step(self, step: int, steps: int, loss: float, accuracy: float | None) -> None:
+        def step(self, step: int, steps: int, loss: float, score: float | None) -> None:
             self.calls.append(("step", (step, steps)))
 
         def finish(self) -> None:
@@ -349,13 +349,13 @@ def test_document_has_verdicts_and_curves_on_its_first_screen(result: Comparison
     figures = [
         block for section in document.sections for block in section.blocks if isinstance(block, Figure)
     ]
-    assert [figure.id for figure in figures] == ["accuracy", "rates", "batches", "loss"]
+    assert [figure.id for figure in figures] == ["score", "rates", "batches", "loss"]
     assert len({figure.id for figure in figures}) == len(figures)
     curve = next(
         trace for trace in figures[0].data if str(trace.get("name", "")).startswith("with batch norm")
     )
     best = [
-        run.accuracy for run in result.runs if run.normalized and run.lr == result.summary.normalized.best_lr
+        run.score for run in result.runs if run.normalized and run.lr == result.summary.normalized.best_lr
     ]
     np.testing.assert_allclose(curve["y"], np.mean(best, axis=0))
     assert figures[1].layout["xaxis"]["type"] == "log"

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from batchnorm.comparison.data import Data, Loaders
-from batchnorm.comparison.figures import accuracy_curves, learning_rates
+from batchnorm.comparison.figures import learning_rates, score_curves
 from batchnorm.comparison.footing import Footing, Side, measure_footing
 from batchnorm.comparison.measures import rms
 from batchnorm.comparison.notes import CAUTION, method
@@ -112,6 +112,7 @@ SETUP = Setup(
     data="data",
     describe="a network",
     samples=None,
+    task="classification",
     how="insert",
     layers=2,
     parameters=(10, 14),
@@ -140,7 +141,7 @@ def runs() -> list[Run]:
 
 def noted(data: Any, found: Footing | None = None, skipped: int = 0) -> tuple[str, ...]:
     pair = Pair(nn.Identity(), nn.Identity(), "insert", 2, skipped)
-    return method(SETUP, summarize(runs(), 0.1, 100), data, pair, 0, found, False)
+    return method(SETUP, summarize(runs(), "classification", 0.1, 100), data, pair, 0, found, False)
 
 
 def test_notes_name_the_rates_that_were_run_and_the_luck_of_many_tries() -> None:
@@ -169,7 +170,7 @@ def test_unscaled_inputs_are_cautioned_against_for_tensors_and_for_loaders() -> 
 
 
 def test_cautions_stand_beside_the_verdicts_and_the_method_at_the_end() -> None:
-    summary = summarize(runs(), 0.1, 100)
+    summary = summarize(runs(), "classification", 0.1, 100)
     notes = noted(Loaders([], []))
     cautions = [note for note in notes if note.startswith(CAUTION)]
     assert any("still improving near the end" in note for note in cautions)
@@ -189,16 +190,18 @@ def test_cautions_stand_beside_the_verdicts_and_the_method_at_the_end() -> None:
 
 
 def test_the_accuracy_table_has_the_training_losses() -> None:
-    document = Comparison(SETUP, tuple(runs()), summarize(runs(), 0.1, 100), None, ()).document()
+    document = Comparison(
+        SETUP, tuple(runs()), summarize(runs(), "classification", 0.1, 100), None, ()
+    ).document()
     table = next(section.blocks[0] for section in document.sections if section.title == "Accuracy")
     assert isinstance(table, Table)
     assert table.rows[-1] == ["training loss at the end", "0.5", "0.5", "+0"]
 
 
 def test_captions_say_which_rates_are_shown_and_the_axis_has_the_rates_that_were_run() -> None:
-    summary = summarize(runs(), 0.1, 100)
-    caption = accuracy_curves(summary, runs()).caption
-    assert "at the learning rate where its accuracy peaks highest" in caption
+    summary = summarize(runs(), "classification", 0.1, 100)
+    caption = score_curves(summary, runs()).caption
+    assert "at the learning rate where its test score peaks highest" in caption
     assert "counts steps at the learning rate that gets to the goal soonest: 0.03 with" in caption
     axis = learning_rates(summary).layout["xaxis"]
     assert (axis["tickvals"], axis["ticktext"]) == ([0.03, 0.1], ["0.03", "0.1"])

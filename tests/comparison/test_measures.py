@@ -63,26 +63,26 @@ def test_first_reach(target: float, step: int | None) -> None:
 
 
 def test_trains_needs_every_seed_at_least_halfway() -> None:
-    assert trains([0.55, 0.9], chance=0.1, best=1.0, samples=100)
-    assert not trains([0.5499, 0.9], chance=0.1, best=1.0, samples=100)
+    assert trains([0.55, 0.9], chance=0.1, best=1.0, clear=0.16)
+    assert not trains([0.5499, 0.9], chance=0.1, best=1.0, clear=0.16)
 
 
 def test_trains_means_more_than_a_lucky_guess() -> None:
     # two standard errors of guessing: 2·√(0.1·0.9/100) = 0.06
-    assert not trains([0.159], chance=0.1, best=0.16, samples=100)
-    assert trains([0.161], chance=0.1, best=0.17, samples=100)
-    assert not trains([0.1], chance=0.1, best=0.1, samples=10**9 + 1)
+    assert not trains([0.159], chance=0.1, best=0.16, clear=0.16)
+    assert trains([0.161], chance=0.1, best=0.17, clear=0.16)
+    assert not trains([0.1], chance=0.1, best=0.1, clear=0.1)
 
 
 def test_a_diverged_run_never_trains_and_guessing_is_no_training() -> None:
-    assert not trains([0.9, None], chance=0.1, best=0.9, samples=100)
-    assert not trains([None], chance=1.0, best=1.0, samples=100)
-    assert not trains([1.0], chance=1.0, best=1.0, samples=100)
+    assert not trains([0.9, None], chance=0.1, best=0.9, clear=0.16)
+    assert not trains([None], chance=1.0, best=1.0, clear=1.0)
+    assert not trains([1.0], chance=1.0, best=1.0, clear=1.0)
 
 
 def test_training_bar_is_halfway_or_clearly_above_guessing() -> None:
-    assert training_bar(0.1, 0.9, 100) == pytest.approx(0.5)
-    assert training_bar(0.945, 0.95, 200) == pytest.approx(clear_guess(0.945, 200))
+    assert training_bar(0.1, 0.9, 0.16) == pytest.approx(0.5)
+    assert training_bar(0.945, 0.95, clear_guess(0.945, 200)) == pytest.approx(clear_guess(0.945, 200))
     # 0.945 + 2·√(0.945·0.055/200)
     assert clear_guess(0.945, 200) == pytest.approx(0.977241, abs=1e-6)
 

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from batchnorm.comparison.data import Data
 from batchnorm.comparison.networks import network
 from batchnorm.comparison.record import draw_batches
-from batchnorm.comparison.training import accuracy_on
+from batchnorm.comparison.tasks import task_named
+from batchnorm.comparison.training import score_on
 
 
 def test_incomplete_batches_are_left_out() -> None:
@@ -45,11 +46,11 @@ class Scores(nn.Module):
 def test_accuracy_is_that_of_eval_mode_and_leaves_the_mode_alone(training: bool) -> None:
     model = Scores().train(training)
     x, y = torch.ones(4, 1), torch.tensor([1, 1, 1, 0])
-    assert accuracy_on(model, [(x, y), (x[:1], y[:1])]) == pytest.approx(4 / 5)
+    assert score_on(model, [(x, y), (x[:1], y[:1])], task_named("classification")) == pytest.approx(4 / 5)
     assert model.training == training
 
 
 def test_a_score_of_nan_is_wrong_even_for_the_class_that_argmax_names() -> None:
     # argmax of a row of NaN is 0
     x, y = torch.tensor([[-1.0], [1.0]]), torch.tensor([0, 1])
-    assert accuracy_on(Scores(), [(x, y)]) == pytest.approx(0.5)
+    assert score_on(Scores(), [(x, y)], task_named("classification")) == pytest.approx(0.5)

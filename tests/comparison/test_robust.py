@@ -258,7 +258,7 @@ def test_data_of_another_type(data: Any, words: str) -> None:
 def test_a_test_loader_with_one_class() -> None:
     refused(
         DataError,
-        "labels of the test loader: got only the class 1",
+        "targets of the test loader: got only the class 1",
         (batches(), [(X, Y * 0 + 1)]),
         batch_size=None,
     )
@@ -309,7 +309,7 @@ def ctrl_c() -> Iterator[Callable[[], None]]:
 def test_ctrl_c_right_after_the_last_training_keeps_it(ctrl_c: Callable[[], None]) -> None:
     class Late(Silent):
         def run_finished(
-            self, label: str, normalized: bool, lr: float, seed: int, final_accuracy: float, diverged: bool
+            self, label: str, normalized: bool, lr: float, seed: int, final_score: float, diverged: bool
         ) -> None:
             if normalized:
                 ctrl_c()

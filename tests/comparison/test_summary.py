@@ -10,8 +10,8 @@ from batchnorm.comparison.measures import Interval, t_interval
 from batchnorm.comparison.story import _steps_table
 from batchnorm.comparison.summary import Summary, summarize
 from batchnorm.comparison.training import Run
-from batchnorm.comparison.verdicts import accuracy, headline, rates, speed, verdicts
-from batchnorm.comparison.wording import factor, factors, listed, percent, points
+from batchnorm.comparison.verdicts import headline, quality, rates, speed, verdicts
+from batchnorm.comparison.wording import factor, factors, listed, words
 from batchnorm.report.html import first_sentence
 
 CHANCE, SAMPLES = 0.1, 450
@@ -48,7 +48,7 @@ def sweep(*, seeds: int = 2) -> list[Run]:
 
 
 def test_each_network_is_judged_at_its_own_best_rate() -> None:
-    summary = summarize(sweep(), CHANCE, SAMPLES)
+    summary = summarize(sweep(), "classification", CHANCE, SAMPLES)
     assert (summary.plain.best_lr, summary.normalized.best_lr) == (0.1, 1.0)
     assert (summary.plain.edge, summary.normalized.edge) == (None, "highest")
     assert summary.plain.best == pytest.approx((0.80, 0.81))
@@ -59,8 +59,8 @@ def test_each_network_is_judged_at_its_own_best_rate() -> None:
 
 
 def test_steps_and_ratio_to_the_plain_networks_best() -> None:
-    target = summarize(sweep(), CHANCE, SAMPLES).targets[-1]
-    assert target.accuracy == pytest.approx((0.80, 0.81))
+    target = summarize(sweep(), "classification", CHANCE, SAMPLES).targets[-1]
+    assert target.score == pytest.approx((0.80, 0.81))
     assert (target.plain_lr, target.plain_steps) == (0.1, (40, 40))
     assert (target.normalized_lr, target.normalized_steps) == (1.0, (10, 10))
     assert target.ratio is not None
@@ -68,14 +68,14 @@ def test_steps_and_ratio_to_the_plain_networks_best() -> None:
 
 
 def test_lower_targets_have_their_own_fastest_rates() -> None:
-    first = summarize(sweep(), CHANCE, SAMPLES).targets[0]
+    first = summarize(sweep(), "classification", CHANCE, SAMPLES).targets[0]
     assert first.share == 0.9
     assert first.plain_steps == (40, 40)  # 0.72 lies above the 0.7 of step 30
     assert first.normalized_steps == (10, 10)
 
 
 def test_rates_that_train_and_diverged_runs_that_count_as_guessing() -> None:
-    summary = summarize(sweep(), CHANCE, SAMPLES)
+    summary = summarize(sweep(), "classification", CHANCE, SAMPLES)
     # halfway from 0.1 to 0.91 is 0.505
     assert summary.plain.trained_at == (0.1,)
     assert summary.normalized.trained_at == (0.1, 1.0)
@@ -87,7 +87,7 @@ def test_rates_that_train_and_diverged_runs_that_count_as_guessing() -> None:
 def test_a_rate_at_which_batch_norm_ends_lower_is_named() -> None:
     assert (
         "At 0.01 the network without batch norm ends higher."
-        in rates(summarize(sweep(), CHANCE, SAMPLES)).text
+        in rates(summarize(sweep(), "classification", CHANCE, SAMPLES)).text
     )
 
 
@@ -98,7 +98,7 @@ def missing(with_: Sequence[float]) -> Summary:
         for seed, best in enumerate(with_)
         for item in (run(False, 0.1, seed, [0.1, 0.5, 0.9]), run(True, 0.1, seed, [0.1, 0.6, best]))
     ]
-    return summarize(runs, CHANCE, SAMPLES)
+    return summarize(runs, "classification", CHANCE, SAMPLES)
 
 
 def test_a_goal_that_one_seed_misses_is_no_finding() -> None:
@@ -136,7 +136,7 @@ def test_one_lucky_evaluation_of_the_plain_network_is_no_finding() -> None:
             run(True, 0.1, seed, [0.1, 0.5, 0.9, 0.9, 0.9, 0.9, 0.9 + 0.004 * (seed == 1)]),
         )
     ]
-    summary = summarize(runs, CHANCE, SAMPLES)
+    summary = summarize(runs, "classification", CHANCE, SAMPLES)
     assert summary.targets[-1].ratio is None
     verdict = speed(summary)
     assert (verdict.headline, verdict.tone) == ("no difference seen", "neutral")
@@ -152,7 +152,7 @@ def test_both_targets_are_told_and_the_99_percent_are_judged() -> None:
             run(True, 0.1, seed, [0.1, 0.6, 0.794, 0.8, 0.8, 0.8, 0.8, 0.8]),
         )
     ]
-    summary = summarize(runs, CHANCE, SAMPLES)
+    summary = summarize(runs, "classification", CHANCE, SAMPLES)
     assert (summary.judged.share, summary.targets[-1].share) == (0.99, 1.0)
     verdict = speed(summary)
     assert (verdict.headline, verdict.tone) == ("2.0× fewer steps", "good")
@@ -181,13 +181,13 @@ def equal_networks(number: int) -> Summary:
         for normalized in (False, True)
         for noise in [0.01 * generator.normal(size=41)]
     ]
-    return summarize(runs, CHANCE, SAMPLES)
+    return summarize(runs, "classification", CHANCE, SAMPLES)
 
 
 def test_equal_networks_are_judged_neutral() -> None:
     summaries = [equal_networks(number) for number in range(60)]
     # 95 % intervals: 3 of 60 are expected to miss; more than 8 would come once in 200 times.
-    for judge in (speed, accuracy, rates):
+    for judge in (speed, quality, rates):
         coloured = sum(judge(summary).tone != "neutral" for summary in summaries)
         assert coloured <= 8, judge
     claimed = sum("no difference" not in headline(item, "net", "data") for item in summaries)
@@ -202,8 +202,8 @@ def test_a_difference_smaller_than_its_noise_is_no_difference() -> None:
         for seed, (without, with_) in enumerate([(0.8, 0.85), (0.85, 0.8), (0.82, 0.83)])
         for item in (run(False, 0.1, seed, [0.1, without]), run(True, 0.1, seed, [0.1, with_]))
     ]
-    summary = summarize(runs, CHANCE, SAMPLES)
-    assert accuracy(summary).headline == "no difference seen"
+    summary = summarize(runs, "classification", CHANCE, SAMPLES)
+    assert quality(summary).headline == "no difference seen"
     assert "no difference was seen" in headline(summary, "net", "data")
 
 
@@ -218,7 +218,7 @@ def test_worse_and_slower_is_said_as_plainly() -> None:
             run(True, 0.2, seed, [0.1, 0.2, 0.5, 0.90]),
         )
     ]
-    verdict = speed(summarize(runs, CHANCE, SAMPLES))
+    verdict = speed(summarize(runs, "classification", CHANCE, SAMPLES))
     assert (verdict.headline, verdict.tone) == ("3.0× more steps", "bad")
 
 
@@ -228,7 +228,7 @@ def test_a_plain_network_that_never_trains_gives_no_factor() -> None:
         for seed in range(3)
         for item in (run(False, 0.1, seed, [0.1, 0.1, 0.11]), run(True, 0.1, seed, [0.1, 0.85, 0.9]))
     ]
-    summary = summarize(runs, CHANCE, SAMPLES)
+    summary = summarize(runs, "classification", CHANCE, SAMPLES)
     assert (speed(summary).headline, speed(summary).tone) == ("cannot be said", "neutral")
     assert "the initialization; the learning rates tried" in speed(summary).text
     text = headline(summary, "net", "data")
@@ -237,13 +237,13 @@ def test_a_plain_network_that_never_trains_gives_no_factor() -> None:
 
 
 def test_one_seed_is_never_called_certain() -> None:
-    summary = summarize(sweep(seeds=1), CHANCE, SAMPLES)
-    for verdict in (speed(summary), accuracy(summary), rates(summary)):
+    summary = summarize(sweep(seeds=1), "classification", CHANCE, SAMPLES)
+    for verdict in (speed(summary), quality(summary), rates(summary)):
         assert verdict.tone == "neutral"
         assert verdict.headline.startswith("one seed: ")
         assert "chance is not excluded" in verdict.text
     assert headline(summary, "net", "data") == (
-        "One seed cannot tell a difference from chance; in it net on data reaches 90.0 % test accuracy with "
+        "One seed cannot tell a difference from chance; in it net on data reaches a test accuracy of 90.0 % with "
         "batch norm, 80.0 % without."
     )
 
@@ -254,8 +254,8 @@ def test_a_large_difference_within_a_wide_interval_is_undecided() -> None:
         for seed, (without, with_) in enumerate([(0.5, 0.9), (0.9, 0.85), (0.4, 0.86)])
         for item in (run(False, 0.1, seed, [0.1, without]), run(True, 0.1, seed, [0.1, with_]))
     ]
-    summary = summarize(runs, CHANCE, SAMPLES)
-    verdict = accuracy(summary)
+    summary = summarize(runs, "classification", CHANCE, SAMPLES)
+    verdict = quality(summary)
     assert (verdict.headline, verdict.tone) == ("too few seeds to tell", "neutral")
     # differences 0.4, −0.05 and 0.46: mean 0.27, s = 0.279, half width 4.303·s/√3 = 0.692
     assert "no difference seen: the interval −42.2 to +96.2 is too wide" in verdict.text
@@ -272,7 +272,7 @@ def test_a_rate_is_claimed_only_where_the_accuracies_differ_by_more_than_chance(
             run(True, 0.1, seed, [0.1, 0.9, 0.9]),
         )
     ]
-    summary = summarize(runs, CHANCE, SAMPLES)
+    summary = summarize(runs, "classification", CHANCE, SAMPLES)
     assert (summary.plain.trained_at, summary.normalized.trained_at) == ((), (0.1,))
     assert (rates(summary).headline, rates(summary).tone) == ("no difference seen", "neutral")
     assert "learning rates" not in headline(summary, "net", "data")
@@ -291,7 +291,7 @@ def test_the_headline_names_losses_beside_gains() -> None:
             run(True, 1.0, seed, [0.1, 0.9, 0.89]),
         )
     ]
-    summary = summarize(runs, CHANCE, SAMPLES)
+    summary = summarize(runs, "classification", CHANCE, SAMPLES)
     text = headline(summary, "net", "data")
     assert "peaks 10.0 points higher (+10.0 to +10.0) and trains at 1 more of 3 learning rates." in text
     # 0.76 − 0.8 ± 4.303·0.01/√3
@@ -303,14 +303,14 @@ def test_the_headline_names_losses_beside_gains() -> None:
 
 
 def test_a_rate_at_which_neither_trains_is_no_loss() -> None:
-    summary = summarize(sweep(seeds=3), CHANCE, SAMPLES)
+    summary = summarize(sweep(seeds=3), "classification", CHANCE, SAMPLES)
     assert summary.rate_differences[0].excludes(0)
     assert " But it " not in headline(summary, "net", "data")
 
 
 def never(chance: float, samples: int, plain: Sequence[float], loss: Sequence[float] = ()) -> Summary:
     runs = [run(normalized, 0.1, seed, plain, loss=loss) for seed in range(3) for normalized in (False, True)]
-    return summarize(runs, chance, samples)
+    return summarize(runs, "classification", chance, samples)
 
 
 def test_a_small_imbalanced_test_set_is_named_as_a_reason() -> None:
@@ -335,7 +335,7 @@ def test_a_diverged_run_never_trains() -> None:
     runs = [
         run(normalized, 0.1, seed, [1.0], diverged=True) for seed in range(2) for normalized in (False, True)
     ]
-    summary = summarize(runs, 1.0, 10)
+    summary = summarize(runs, "classification", 1.0, 10)
     assert summary.plain.trained_at == ()
     assert summary.plain.final_loss == (None, None)
     assert "Every training diverged" in headline(summary, "net", "data")
@@ -347,7 +347,7 @@ def test_a_far_lower_training_loss_of_the_plain_network_is_said() -> None:
         for seed in range(2)
         for normalized in (False, True)
     ]
-    text = accuracy(summarize(runs, CHANCE, SAMPLES)).text
+    text = quality(summarize(runs, "classification", CHANCE, SAMPLES)).text
     assert "Training loss at the end: 0.04 with batch norm, 0.0005 without." in text
 
 
@@ -357,14 +357,14 @@ def test_no_interval_passes_what_is_possible() -> None:
         for seed, (without, with_) in enumerate([(0.1, 1.0), (0.95, 1.0), (0.2, 0.9)])
         for item in (run(False, 0.1, seed, [0.1, without]), run(True, 0.1, seed, [0.1, with_]))
     ]
-    summary = summarize(runs, CHANCE, SAMPLES)
+    summary = summarize(runs, "classification", CHANCE, SAMPLES)
     assert (summary.plain.rates[0].final.low, summary.plain.rates[0].final.high) == (0, 1)
     assert summary.normalized.rates[0].best.high == 1
     assert summary.best_difference.high == 1
 
 
 def test_cards_show_their_interval_without_unfolding() -> None:
-    summary = summarize(sweep(seeds=3), CHANCE, SAMPLES)
+    summary = summarize(sweep(seeds=3), "classification", CHANCE, SAMPLES)
     shown = [first_sentence(verdict.text)[0] for verdict in verdicts(summary, None)]
     assert all(0 < len(text) < 150 for text in shown)
     assert "95 % interval" in shown[0]
@@ -373,7 +373,7 @@ def test_cards_show_their_interval_without_unfolding() -> None:
 
 
 def only(runs: list[Run], keep: int) -> Summary:
-    return summarize(runs[: 2 * keep], CHANCE, SAMPLES)
+    return summarize(runs[: 2 * keep], "classification", CHANCE, SAMPLES)
 
 
 def test_an_interrupted_later_seed_does_not_count() -> None:
@@ -388,16 +388,16 @@ def test_an_interrupted_first_seed_counts_with_its_finished_rates() -> None:
 
 
 def test_a_training_without_its_partner_does_not_count() -> None:
-    summary = summarize(sweep()[:3], CHANCE, SAMPLES)
+    summary = summarize(sweep()[:3], "classification", CHANCE, SAMPLES)
     assert [rate.lr for rate in summary.plain.rates] == [0.01]
     with pytest.raises(ValueError, match="no pair"):
-        summarize(sweep()[:1], CHANCE, SAMPLES)
+        summarize(sweep()[:1], "classification", CHANCE, SAMPLES)
 
 
 def test_numbers_in_words() -> None:
-    assert percent(0.93556) == "93.6 %"
-    assert points(-0.0213) == "−2.1 points"
-    assert points(t_interval([0.01, 0.03]).mean) == "+2.0 points"
+    assert words("classification").score(0.93556) == "93.6 %"
+    assert words("classification").difference(-0.0213) == "−2.1 points"
+    assert words("classification").difference(t_interval([0.01, 0.03]).mean) == "+2.0 points"
     assert factor(Interval(0.5, 0.25, 0.8, 3)) == "2.0× more steps"
     assert factors(Interval(0.5, 0.25, 0.8, 3)) == "1.2× to 4.0×"
     assert listed([0.1, 0.3, 1.0, 10.0], [0.03, 0.1, 0.3, 1.0, 3.0, 10.0]) == "0.1 to 1 and 10"
@@ -405,7 +405,7 @@ def test_numbers_in_words() -> None:
 
 def test_the_steps_table_claims_no_verdict_where_the_plain_network_never_trains() -> None:
     captions = [
-        _steps_table(summarize(runs, CHANCE, SAMPLES)).caption
+        _steps_table(summarize(runs, "classification", CHANCE, SAMPLES)).caption
         for runs in (sweep(), [run(False, 0.1, 0, [0.1, 0.1]), run(True, 0.1, 0, [0.1, 0.9])])
     ]
     assert ["verdict rests on the 99 %" in caption for caption in captions] == [True, False]

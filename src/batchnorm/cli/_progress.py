@@ -12,6 +12,7 @@ from rich.progress import Progress as Bars
 from rich.table import Table
 from rich.text import Text
 
+from batchnorm.comparison.wording import words
 from batchnorm.report.terminal import sparkline
 
 __all__ = ["Display", "LiveDisplay", "PlainDisplay", "display"]
@@ -33,6 +34,7 @@ class Display:
         self.console = console
         self.runs = 0
         self.done = 0
+        self.words = words("classification")
 
     def __enter__(self) -> Self:
         return self
@@ -42,18 +44,19 @@ class Display:
     ) -> None:
         self.finish()
 
-    def start(self, total_runs: int, describe: str) -> None:
+    def start(self, total_runs: int, describe: str, task: str) -> None:
         """Take note of how many trainings follow."""
         self.runs = total_runs
+        self.words = words(task)
 
     def run_started(self, label: str, normalized: bool, lr: float, seed: int) -> None:
         """Take note of a training that begins."""
 
-    def step(self, step: int, steps: int, loss: float, accuracy: float | None) -> None:
+    def step(self, step: int, steps: int, loss: float, score: float | None) -> None:
         """Take note of a training's progress."""
 
     def run_finished(
-        self, label: str, normalized: bool, lr: float, seed: int, final_accuracy: float, diverged: bool
+        self, label: str, normalized: bool, lr: float, seed: int, final_score: float, diverged: bool
     ) -> None:
         """Take note of a training that has ended."""
         self.done += 1
@@ -69,9 +72,9 @@ class PlainDisplay(Display):
         super().__init__(console)
         self.heading = ""
 
-    def start(self, total_runs: int, describe: str) -> None:
+    def start(self, total_runs: int, describe: str, task: str) -> None:
         """Take note of what is going to happen."""
-        super().start(total_runs, describe)
+        super().start(total_runs, describe, task)
         self.heading = f"{describe}: {total_runs} trainings"
 
     def run_started(self, label: str, normalized: bool, lr: float, seed: int) -> None:
@@ -81,11 +84,11 @@ class PlainDisplay(Display):
             self.heading = ""
 
     def run_finished(
-        self, label: str, normalized: bool, lr: float, seed: int, final_accuracy: float, diverged: bool
+        self, label: str, normalized: bool, lr: float, seed: int, final_score: float, diverged: bool
     ) -> None:
         """Print how a training ended."""
-        super().run_finished(label, normalized, lr, seed, final_accuracy, diverged)
-        outcome = "diverged" if diverged else f"test accuracy {final_accuracy:.1%}"
+        super().run_finished(label, normalized, lr, seed, final_score, diverged)
+        outcome = "diverged" if diverged else f"test {self.words.metric} {self.words.score(final_score)}"
         self._print(
             f"[{self.done}/{self.runs}] {_NAMES[normalized]}, learning rate {lr:g}, seed {seed}: {outcome}"
         )
@@ -105,16 +108,16 @@ class LiveDisplay(Display):
         self.pair: tuple[float, int] | None = None
         self.normalized = True
         self.curves: dict[bool, list[float]] = {True: [], False: []}
-        self.accuracies: dict[bool, float | None] = {True: None, False: None}
+        self.scores: dict[bool, float | None] = {True: None, False: None}
         self.bars = Bars(
             BarColumn(bar_width=None), _Runs(), _Elapsed(), _TimeLeft(), console=console, expand=True
         )
         self.task = self.bars.add_task("runs", total=1.0)
         self.live = Live(console=console, get_renderable=self._draw, refresh_per_second=8, transient=True)
 
-    def start(self, total_runs: int, describe: str) -> None:
+    def start(self, total_runs: int, describe: str, task: str) -> None:
         """Show the display."""
-        super().start(total_runs, describe)
+        super().start(total_runs, describe, task)
         self.describe = describe
         self.bars.reset(self.task, total=float(total_runs))
         with suppress(OSError):
@@ -125,22 +128,22 @@ class LiveDisplay(Display):
         if self.pair != (lr, seed):
             self.pair = (lr, seed)
             self.curves = {True: [], False: []}
-            self.accuracies = {True: None, False: None}
+            self.scores = {True: None, False: None}
         self.normalized = normalized
 
-    def step(self, step: int, steps: int, loss: float, accuracy: float | None) -> None:
+    def step(self, step: int, steps: int, loss: float, score: float | None) -> None:
         """Move the bar and extend the curve."""
         self.curves[self.normalized].append(loss)
-        if accuracy is not None:
-            self.accuracies[self.normalized] = accuracy
+        if score is not None:
+            self.scores[self.normalized] = score
         self.bars.update(self.task, completed=self.done + step / max(steps, 1))
 
     def run_finished(
-        self, label: str, normalized: bool, lr: float, seed: int, final_accuracy: float, diverged: bool
+        self, label: str, normalized: bool, lr: float, seed: int, final_score: float, diverged: bool
     ) -> None:
         """Move the bar to the end of the training."""
-        super().run_finished(label, normalized, lr, seed, final_accuracy, diverged)
-        self.accuracies[normalized] = final_accuracy
+        super().run_finished(label, normalized, lr, seed, final_score, diverged)
+        self.scores[normalized] = final_score
         self.bars.update(self.task, completed=float(self.done))
 
     def finish(self) -> None:
@@ -161,12 +164,12 @@ class LiveDisplay(Display):
         for _ in range(4):
             grid.add_column(no_wrap=True)
         for normalized in (True, False):
-            curve, accuracy = self.curves[normalized], self.accuracies[normalized]
+            curve, score = self.curves[normalized], self.scores[normalized]
             grid.add_row(
                 Text(_NAMES[normalized], style=_STYLES[normalized]),
                 Text(f"loss {curve[-1]:.3g}" if curve else "loss -"),
                 Text(sparkline(curve, low, high, _CURVE).ljust(_CURVE), style=_STYLES[normalized]),
-                Text("" if accuracy is None else f"test {accuracy:.1%}"),
+                Text("" if score is None else f"test {self.words.score(score)}"),
             )
         return Group(title, self.bars, grid)
 

@@ -50,6 +50,13 @@ class Optimizer(StrEnum):
     ADAM = "adam"
 
 
+class Task(StrEnum):
+    """What can be learned."""
+
+    CLASSIFICATION = "classification"
+    REGRESSION = "regression"
+
+
 def command(
     context: typer.Context,
     network: Annotated[
@@ -63,11 +70,19 @@ def command(
     data: Annotated[
         str,
         typer.Option(
-            metavar="NAME|MODULE:FACTORY",
-            help="Built-in data (digits or mnist5k), or a function that returns (train_loader, test_loader) "
-            "or four arrays (x_train, y_train, x_test, y_test).",
+            metavar="NAME|FOLDER|MODULE:FACTORY",
+            help="Built-in data (digits, mnist5k, fashion-mnist, segment, segment-standardized or bikeshare), a folder "
+            "with MNIST's files, or a function that returns (train_loader, test_loader) or four arrays (x_train, "
+            "y_train, x_test, y_test).",
         ),
     ] = "digits",
+    task: Annotated[
+        Task | None,
+        typer.Option(
+            help="What is learned: classes (accuracy) or numbers (R²).  "
+            "[default: that of the built-in data; classification for your own]",
+        ),
+    ] = None,
     lr: Annotated[
         list[float] | None,
         typer.Option(
@@ -118,6 +133,7 @@ def command(
         comparison = _run(
             model=_model(network, model),
             data=_data(data),
+            task=None if task is None else task.value,
             lrs=lr or None,
             seeds=seeds,
             steps=steps,

@@ -19,7 +19,7 @@ from batchnorm.comparison.plan import Plan, make_plan
 from batchnorm.comparison.progress import Progress, Silent
 from batchnorm.comparison.record import Batch, Replay, record_test
 from batchnorm.comparison.result import Comparison, Setup
-from batchnorm.comparison.summary import final_accuracy, summarize
+from batchnorm.comparison.summary import final_score, summarize
 from batchnorm.comparison.training import MakeOptimizer, Run, train
 
 __all__ = ["compare"]
@@ -51,7 +51,7 @@ def compare(
     make_model: str | Callable[[], nn.Module],
     data: object,
     *,
-    task: str = "classification",
+    task: str | None = None,
     lrs: Iterable[float] | None = None,
     seeds: int = 3,
     steps: int | None = None,
@@ -74,10 +74,14 @@ def compare(
     Args:
         make_model: a built-in network, "mlp" (three hidden layers of 100, sigmoid), "deep-mlp" (ten of 100, ReLU) or
             "cnn" (four convolutions, ReLU), or a function that returns a new model; it is called under a seeded
-            generator. The model gives scores (N, classes).
-        data: "digits" or "mnist5k"; four arrays or tensors (x_train, y_train, x_test, y_test) with integer labels; a
-            `Data`; or (train_loader, test_loader), whose batches are recorded once a seed and replayed.
-        task: "classification", trained with cross entropy.
+            generator. The model gives scores (N, classes), for regression numbers (N, outputs).
+        data: "digits", "mnist5k", "fashion-mnist", "segment", "segment-standardized", "bikeshare", or a folder with
+            MNIST's files; four arrays or tensors (x_train, y_train, x_test, y_test); a `Data`; or (train_loader,
+            test_loader), whose batches are recorded once a seed and replayed.
+        task: "classification", trained with cross entropy on integer labels and judged by accuracy, or "regression",
+            trained with the mean squared error and judged by R² = 1 − Σ(ŷ − y)²/Σ(y − ȳ)²; the targets of arrays are
+            shifted and scaled by the training targets' mean and standard deviation. By default that of the named
+            data, and classification for your own.
         lrs: learning rates; by default seven half decades that suit network and optimizer.
         seeds: how many seeds; with one there are no intervals.
         steps: training steps of each run (500; 1,000 for "mlp", 300 for "cnn").
@@ -117,7 +121,7 @@ def _compared(plan: Plan, progress: Progress, interrupts: Interrupts) -> Compari
     test = record_test(plan.data, plan.device)
     threads = torch.get_num_threads()
     try:
-        progress.start(2 * len(plan.lrs) * plan.seeds, f"{plan.name} on {plan.data.name}")
+        progress.start(2 * len(plan.lrs) * plan.seeds, f"{plan.name} on {plan.data.name}", plan.task.name)
         for seed in range(plan.seeds):
             _train_seed(plan, seed, test, work, progress)
         interrupts.hold()
@@ -139,8 +143,9 @@ def _train_seed(plan: Plan, seed: int, test: list[Batch], work: _Work, progress:
     replay = plan.batches(seed)
     first = next(iter(replay))[0]
     before = work.pair
-    lowest, classes = _labels(plan.data, replay, test)
-    pair = make_pair(plan.factory, first[:2], classes, seed, plan.device, lowest=lowest)
+    targets = _targets(plan.data, replay, test)
+    outputs, lowest = plan.task.outputs(targets), plan.task.lowest(targets)
+    pair = make_pair(plan.factory, first[:2], plan.task, outputs, seed, plan.device, lowest=lowest)
     if seed == 0:
         work.pair, work.dropped = pair, replay.dropped
         if _small(pair, first):
@@ -193,6 +198,7 @@ def _train_one(
         model,
         replay,
         test,
+        plan.task,
         normalized=normalized,
         lr=lr,
         seed=seed,
@@ -201,20 +207,21 @@ def _train_one(
         progress=progress,
     )
     work.note(run)  # before anything else can be interrupted
-    progress.run_finished(label, normalized, lr, seed, final_accuracy(run, _chance(test)), run.diverged)
+    progress.run_finished(label, normalized, lr, seed, final_score(run, _guess(plan, test)), run.diverged)
     return run
 
 
 def _better(run: Run, other: Run) -> bool:
-    return not run.diverged and (other.diverged or run.accuracy[-1] > other.accuracy[-1])
+    return not run.diverged and (other.diverged or run.score[-1] > other.score[-1])
 
 
 def _result(plan: Plan, work: _Work, test: list[Batch], interrupted: bool, threads: int) -> Comparison:
-    summary = summarize(work.runs, _chance(test), sum(len(y) for _, y in test))
+    summary = summarize(work.runs, plan.task.name, _guess(plan, test), sum(len(y) for _, y in test))
     if work.pair is None:
         raise RuntimeError("a finished pair of trainings without its networks")
     setup = Setup(
         model=plan.name,
+        task=plan.task.name,
         data=plan.data.name,
         describe=plan.describe,
         samples=_samples(plan.data),
@@ -238,18 +245,15 @@ def _samples(data: Data | Loaders) -> tuple[int, int] | None:
     return (len(data.x_train), len(data.x_test)) if isinstance(data, Data) else None
 
 
-def _labels(data: Data | Loaders, replay: Replay, test: list[Batch]) -> tuple[int, int]:
-    """The smallest label and the number of classes."""
-    labels = (
-        [data.y_train, data.y_test] if isinstance(data, Data) else [*replay.y, *(part for _, part in test)]
-    )
-    return min(int(part.min()) for part in labels), 1 + max(int(part.max()) for part in labels)
+def _targets(data: Data | Loaders, replay: Replay, test: list[Batch]) -> list[Tensor]:
+    if isinstance(data, Data):
+        return [data.y_train, data.y_test]
+    return [*replay.y, *(part for _, part in test)]
 
 
-def _chance(test: Sequence[Batch]) -> float:
-    """The accuracy of always naming the most frequent class of the test set."""
-    labels = torch.cat([y for _, y in test])
-    return int(labels.bincount().max()) / len(labels)
+def _guess(plan: Plan, test: Sequence[Batch]) -> float:
+    """The score of the best answer that does not look at the input."""
+    return plan.task.guess(torch.cat([y for _, y in test]))
 
 
 def _small(pair: Pair, batch: Tensor) -> bool:

@@ -2,8 +2,9 @@
 
 from collections.abc import Sequence
 
-from batchnorm.comparison.measures import Interval, clear_guess
+from batchnorm.comparison.measures import Interval
 from batchnorm.comparison.summary import JUDGED, Arm, Summary
+from batchnorm.comparison.tasks import task_named
 from batchnorm.comparison.wording import (
     NO_DIFFERENCE,
     average,
@@ -11,8 +12,6 @@ from batchnorm.comparison.wording import (
     factors,
     joined,
     listed,
-    percent,
-    span,
 )
 
 __all__ = [
@@ -58,9 +57,9 @@ def too_few(value: Interval, *, ratio: bool = False) -> bool:
     return abs(value.mean) >= LARGE_DIFFERENCE
 
 
-def too_wide(value: Interval) -> str:
-    """Why an observed difference of accuracies is no finding."""
-    return f"{NO_DIFFERENCE}: the interval {span(value)} is too wide"
+def too_wide(summary: Summary, difference: Interval) -> str:
+    """Why an observed difference of scores is no finding."""
+    return f"{NO_DIFFERENCE}: the interval {summary.words.span(difference)} is too wide"
 
 
 def all_diverged(summary: Summary, *arms: Arm) -> bool:
@@ -72,13 +71,14 @@ def untrained(summary: Summary, *arms: Arm) -> str:
     """Possible reasons why these networks count as trained at no rate, in one sentence."""
     if all_diverged(summary, *arms):
         return "Every training diverged: lower learning rates may help."
+    w = summary.words
     reasons: list[str] = []
     if any(arm.improving for arm in arms):
         reasons.append("too few steps, as the training loss was still falling in the last tenth of them")
     if _guesses(summary):
         reasons.append(
-            f"the test set, as on {summary.samples:,} samples less than {percent(summary.bar)} is not clearly above "
-            f"guessing ({percent(summary.chance)})"
+            f"the test set, as on {summary.samples:,} samples less than {w.score(summary.bar)} is not clearly above "
+            f"{w.guessing} ({w.score(summary.chance)})"
         )
     reasons += ["the initialization", "the learning rates tried"]
     # A network may rest on a plateau before it learns, so steps may be lacking even where the loss stands still.
@@ -87,29 +87,33 @@ def untrained(summary: Summary, *arms: Arm) -> str:
 
 
 def neither_trained(summary: Summary) -> str:
-    """That neither network counts as trained, by the accuracy that was not reached."""
-    bar = "clearly above guessing" if _guesses(summary) else "halfway from guessing to the best seen"
+    """That neither network counts as trained, by the score that was not reached."""
+    w = summary.words
+    bar = (
+        f"clearly above {w.guessing}" if _guesses(summary) else f"halfway from {w.guessing} to the best seen"
+    )
     return (
-        f"neither network ended {bar} ({percent(summary.bar)}) with every seed at any of these learning rates; "
-        f"guessing gives {percent(summary.chance)}"
+        f"neither network ended {bar} ({w.score(summary.bar)}) with every seed at any of these learning rates; "
+        f"{w.guessing} gives {w.score(summary.chance)}"
     )
 
 
 def _guesses(summary: Summary) -> bool:
     """Whether the test set cannot tell what was reached from guessing."""
-    return summary.bar <= clear_guess(summary.chance, summary.samples)
+    return summary.bar <= task_named(summary.task).clear(summary.chance, summary.samples)
 
 
 def headline(summary: Summary, model: str, data: str) -> str:
     """The report's first sentence: every difference that is more than chance, whichever side it favours."""
     name = f"{model} on {data}"
-    plain, normalized = percent(average(summary.plain.best)), percent(average(summary.normalized.best))
+    w = summary.words
+    plain, normalized = w.score(average(summary.plain.best)), w.score(average(summary.normalized.best))
     if not summary.plain.trained_at and not summary.normalized.trained_at:
         return f"{name}: {neither_trained(summary)}. {untrained(summary, summary.plain, summary.normalized)}"
     if summary.one_seed:
         return (
-            f"One seed cannot tell a difference from chance; in it {name} reaches {normalized} test accuracy with "
-            f"batch norm, {plain} without."
+            f"One seed cannot tell a difference from chance; in it {name} reaches a test {w.metric} of "
+            f"{normalized} with batch norm, {plain} without."
         )
     gains, losses = _gains(summary), _losses(summary)
     if gains:
@@ -119,27 +123,28 @@ def headline(summary: Summary, model: str, data: str) -> str:
         return f"With batch norm, {name} {joined(losses)}."
     if too_few(summary.best_difference):
         return (
-            f"{name}: {TOO_FEW}. The best test accuracy is {normalized} with batch norm and {plain} without, but "
-            f"{too_wide(summary.best_difference)}."
+            f"{name}: {TOO_FEW}. The best test {w.metric} is {normalized} with batch norm and {plain} without, but "
+            f"{too_wide(summary, summary.best_difference)}."
         )
     ratio = _ratio(summary)
     if ratio is not None and too_few(ratio, ratio=True):
         return (
-            f"{name}: {TOO_FEW}. With batch norm it needs {factor(ratio)} to {_goal()}, but the interval "
+            f"{name}: {TOO_FEW}. With batch norm it needs {factor(ratio)} to {_goal(summary)}, but the interval "
             f"{ratio.low:.1f} to {ratio.high:.1f} is too wide: {NO_DIFFERENCE}."
         )
     return f"Between {model} with and without batch norm, no difference was seen on {data}."
 
 
 def _gains(summary: Summary) -> list[str]:
+    w = summary.words
     found: list[str] = []
     ratio, best, final = _ratio(summary), summary.best_difference, summary.final_difference
     if ratio is not None and ratio.excludes(1) and ratio.mean > 1:
-        found.append(f"needs {factor(ratio)} ({factors(ratio)}) to {_goal()}")
+        found.append(f"needs {factor(ratio)} ({factors(ratio)}) to {_goal(summary)}")
     if best.excludes(0) and best.mean > 0:
-        found.append(f"peaks {_size(best)} points higher ({span(best)})")
+        found.append(f"peaks {w.size(best.mean)} higher ({w.span(best)})")
     elif final.excludes(0) and final.mean > 0:
-        found.append(f"ends {_size(final)} points higher ({span(final)})")
+        found.append(f"ends {w.size(final.mean)} higher ({w.span(final)})")
     if gained := rates_gained(summary):
         sets = set(summary.plain.trained_at), set(summary.normalized.trained_at)
         total = len(summary.plain.rates)
@@ -152,17 +157,18 @@ def _gains(summary: Summary) -> list[str]:
 
 
 def _losses(summary: Summary) -> list[str]:
+    w = summary.words
     found: list[str] = []
     ratio, best, final = _ratio(summary), summary.best_difference, summary.final_difference
     sweep = [rate.lr for rate in summary.plain.rates]
     if ratio is not None and ratio.excludes(1) and ratio.mean < 1:
-        found.append(f"needs {factor(ratio)} ({factors(ratio)}) to {_goal()}")
+        found.append(f"needs {factor(ratio)} ({factors(ratio)}) to {_goal(summary)}")
     if best.excludes(0) and best.mean < 0:
         missed = summary.plain.trained_at and None in summary.judged.normalized_steps
-        found += [f"does not reach {_goal()} with every seed"] if missed else []
-        found.append(f"peaks {_size(best)} points lower ({span(best)})")
+        found += [f"does not reach {_goal(summary)} with every seed"] if missed else []
+        found.append(f"peaks {w.size(best.mean)} lower ({w.span(best)})")
     if final.excludes(0) and final.mean < 0:
-        found.append(f"ends {_size(final)} points lower ({span(final)})")
+        found.append(f"ends {w.size(final.mean)} lower ({w.span(final)})")
     lost = rates_lost(summary)
     if lost:
         found.append(f"does not train at {_rates(lost, sweep)} unlike the plain network")
@@ -170,7 +176,7 @@ def _losses(summary: Summary) -> list[str]:
     lower = [lr for lr in ends_lower(summary) if lr not in lost and lr in summary.plain.trained_at]
     if lower and sweep != lower:
         gap = summary.rate_differences[sweep.index(lower[0])]
-        by = f" ({span(gap)} points)" if len(lower) == 1 else ""
+        by = f" ({w.span(gap)}{w.unit})" if len(lower) == 1 else ""
         found.append(f"ends lower than the plain network at {_rates(lower, sweep)}{by}")
     return found
 
@@ -196,9 +202,5 @@ def _rates(lrs: Sequence[float], sweep: Sequence[float]) -> str:
     return f"the learning rate{'s' if len(lrs) > 1 else ''} {listed(lrs, sweep)}"
 
 
-def _goal() -> str:
-    return f"{100 * JUDGED:.0f} % of the plain network's best test accuracy"
-
-
-def _size(difference: Interval) -> str:
-    return f"{abs(100 * difference.mean):.1f}"
+def _goal(summary: Summary) -> str:
+    return f"{100 * JUDGED:.0f} % of the plain network's best test {summary.words.metric}"

@@ -6,10 +6,10 @@ from typing import Any
 from batchnorm.comparison.footing import Footing, Side
 from batchnorm.comparison.summary import Arm, Summary
 from batchnorm.comparison.training import Run
-from batchnorm.comparison.wording import percent
+from batchnorm.comparison.wording import Words
 from batchnorm.report.document import Figure
 
-__all__ = ["accuracy_curves", "batch_statistics", "learning_rates", "loss_curves"]
+__all__ = ["batch_statistics", "learning_rates", "loss_curves", "score_curves"]
 
 Trace = dict[str, Any]
 
@@ -18,12 +18,13 @@ COLOURS = {True: "with", False: "without"}
 DASHES = {True: "solid", False: "dash"}
 
 
-def accuracy_curves(summary: Summary, runs: Sequence[Run]) -> Figure:
-    """Test accuracy against steps, each network at its best rate: mean and range over seeds."""
+def score_curves(summary: Summary, runs: Sequence[Run]) -> Figure:
+    """Test accuracy or R² against steps, each network at its best rate: mean and range over seeds."""
+    w = summary.words
     data: list[Trace] = []
     for arm, normalized in ((summary.normalized, True), (summary.plain, False)):
         chosen = _chosen(runs, summary, normalized, arm.best_lr)
-        data += _band(chosen, [run.accuracy for run in chosen], normalized, arm.best_lr, fill=summary.chance)
+        data += _band(chosen, [run.score for run in chosen], normalized, arm.best_lr, fill=summary.chance)
     goal = sum(summary.plain.best) / len(summary.plain.best)
     end = max(trace["x"][-1] for trace in data)
     data.append(
@@ -37,14 +38,14 @@ def accuracy_curves(summary: Summary, runs: Sequence[Run]) -> Figure:
             "hoverinfo": "skip",
         }
     )
-    final = [percent(sum(arm.final) / len(arm.final)) for arm in (summary.normalized, summary.plain)]
+    final = [w.score(sum(arm.final) / len(arm.final)) for arm in (summary.normalized, summary.plain)]
     return Figure(
-        id="accuracy",
-        title="Test accuracy against training steps",
+        id="score",
+        title=f"Test {w.metric} against training steps",
         data=data,
-        layout=_layout("training steps", "test accuracy", {"tickformat": ".0%"}),
-        alt=f"Accuracy of both networks. With batch norm it ends at {final[0]}, without at {final[1]}.",
-        caption="Each network at the learning rate where its accuracy peaks highest, "
+        layout=_layout("training steps", f"test {w.metric}", {"tickformat": w.axis}),
+        alt=f"The test {w.metric} of both networks. With batch norm it ends at {final[0]}, without at {final[1]}.",
+        caption="Each network at the learning rate where its test score peaks highest, "
         + (
             f"mean of {len(summary.seeds)} seeds; the band reaches from the lowest to the highest seed. "
             if len(summary.seeds) > 1
@@ -74,14 +75,17 @@ def loss_curves(summary: Summary, runs: Sequence[Run]) -> Figure:
         id="loss",
         title="Training loss against training steps",
         data=data,
-        layout=_layout("training steps", "training loss (nats)", {"type": "log"}),
+        layout=_layout(
+            "training steps", f"training loss ({summary.words.loss.removeprefix('in ')})", {"type": "log"}
+        ),
         alt="Training losses of both networks on a logarithmic axis, each at its best learning rate.",
         caption="Mean over the batches since the point before.",
     )
 
 
 def learning_rates(summary: Summary) -> Figure:
-    """Final accuracy against learning rate, with and without."""
+    """Final score against learning rate, with and without."""
+    w = summary.words
     data: list[Trace] = []
     for arm, normalized in ((summary.normalized, True), (summary.plain, False)):
         data.append(
@@ -98,16 +102,18 @@ def learning_rates(summary: Summary) -> Figure:
                     "size": 8,
                 },
                 "customdata": [rate.diverged for rate in arm.rates],
-                "hovertemplate": "rate %{x}: %{y:.1%}, diverged: %{customdata}",
+                "hovertemplate": f"rate %{{x}}: %{{y:{w.axis.replace('.0', '.1')}}}, diverged: %{{customdata}}",
             }
         )
     return Figure(
         id="rates",
-        title="Final test accuracy against learning rate",
+        title=f"Final test {w.metric} against learning rate",
         data=data,
-        layout=_layout("learning rate", "final test accuracy", {"tickformat": ".0%"}, _rate_axis(summary)),
-        alt=f"With batch norm: {_listed(summary.normalized)}. Without: {_listed(summary.plain)}.",
-        caption="Mean over seeds. A diverged training counts as guessing.",
+        layout=_layout(
+            "learning rate", f"final test {w.metric}", {"tickformat": w.axis}, _rate_axis(summary)
+        ),
+        alt=f"With batch norm: {_listed(summary.normalized, w)}. Without: {_listed(summary.plain, w)}.",
+        caption=f"Mean over seeds. A diverged training counts as {w.guessing}.",
     )
 
 
@@ -202,5 +208,5 @@ def _layout(
     }
 
 
-def _listed(arm: Arm) -> str:
-    return ", ".join(f"{percent(rate.final.mean)} at {rate.lr:g}" for rate in arm.rates)
+def _listed(arm: Arm, w: Words) -> str:
+    return ", ".join(f"{w.score(rate.final.mean)} at {rate.lr:g}" for rate in arm.rates)

@@ -92,14 +92,14 @@ def ratio_interval(numerators: Sequence[float], denominators: Sequence[float]) -
     return Interval(math.exp(of_logs.mean), low, high, of_logs.n)
 
 
-def first_reach(steps: Sequence[int], accuracy: Sequence[float], target: float) -> int | None:
-    """The first recorded step at which the accuracy is at least `target`, or None.
+def first_reach(steps: Sequence[int], score: Sequence[float], target: float) -> int | None:
+    """The first recorded step at which the score is at least `target`, or None.
 
     Example:
         >>> first_reach([0, 10, 20], [0.1, 0.8, 0.9], 0.8)
         10
     """
-    return next((step for step, value in zip(steps, accuracy, strict=True) if value >= target), None)
+    return next((step for step, value in zip(steps, score, strict=True) if value >= target), None)
 
 
 def clear_guess(chance: float, samples: int) -> float:
@@ -116,40 +116,40 @@ def clear_guess(chance: float, samples: int) -> float:
     return chance + 2 * math.sqrt(chance * (1 - chance) / samples)
 
 
-def training_bar(chance: float, best: float, samples: int) -> float:
-    """The final accuracy from which on a network counts as trained.
+def training_bar(chance: float, best: float, clear: float) -> float:
+    """The final score from which on a network counts as trained.
 
     That is halfway from `chance` to `best`, and clearly above `chance`: where nothing ever trained, halfway to the
     best is halfway to the luckiest guess.
 
     Args:
-        chance: accuracy of guessing, 0 to 1.
-        best: the best accuracy seen with either network.
-        samples: how many test samples the accuracies rest on.
+        chance: the score of guessing, 0 to 1.
+        best: the best score seen with either network.
+        clear: the score that is clearly above guessing.
 
     Example:
-        >>> training_bar(chance=0.1, best=0.9, samples=100)
+        >>> training_bar(chance=0.1, best=0.9, clear=0.16)
         0.5
     """
-    return max((chance + best) / 2, clear_guess(chance, samples))
+    return max((chance + best) / 2, clear)
 
 
-def trains(finals: Sequence[float | None], chance: float, best: float, samples: int) -> bool:
-    """Whether every seed's final accuracy is above `chance` and reaches `training_bar`.
+def trains(finals: Sequence[float | None], chance: float, best: float, clear: float) -> bool:
+    """Whether every seed's final score is above `chance` and reaches `training_bar`.
 
     Args:
-        finals: final accuracy of each seed; None where the training diverged, which is never a success.
-        chance: accuracy of guessing.
-        best: the best accuracy seen with either network.
-        samples: how many test samples the accuracies rest on.
+        finals: final score of each seed; None where the training diverged, which is never a success.
+        chance: the score of guessing.
+        best: the best score seen with either network.
+        clear: the score that is clearly above guessing.
 
     Example:
-        >>> trains([0.6, 0.5], chance=0.1, best=0.9, samples=100)
+        >>> trains([0.6, 0.5], chance=0.1, best=0.9, clear=0.16)
         True
-        >>> trains([0.9, None], chance=0.1, best=0.9, samples=100)
+        >>> trains([0.9, None], chance=0.1, best=0.9, clear=0.16)
         False
     """
-    bar = training_bar(chance, best, samples)
+    bar = training_bar(chance, best, clear)
     return all(final is not None and final > chance and final >= bar for final in finals)
 
 

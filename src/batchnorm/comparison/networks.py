@@ -19,12 +19,12 @@ SIGMOID_RATES = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 
 @dataclass(frozen=True)
 class Network:
-    """A built-in network: how to build it for a sample's shape and a class count, and what suits it.
+    """A built-in network: how to build it for a sample's shape and a number of outputs, and what suits it.
 
     Args:
         name: its name.
         describe: one sentence for the report.
-        build: from (sample shape, classes) to a module whose weights are drawn from the global generator.
+        build: from (sample shape, outputs) to a module whose weights are drawn from the global generator.
         rates: the learning rates of its default sweep, for plain SGD.
         steps: default training steps.
     """
@@ -62,19 +62,19 @@ def network(name: str) -> Network:
 def _perceptron(
     depth: int, width: int, activation: type[nn.Module]
 ) -> Callable[[tuple[int, ...], int], nn.Module]:
-    def build(shape: tuple[int, ...], classes: int) -> nn.Module:
+    def build(shape: tuple[int, ...], outputs: int) -> nn.Module:
         layers: list[nn.Module] = [nn.Flatten()]
         features = torch.Size(shape).numel()
         for _ in range(depth):
             layers += [nn.Linear(features, width), activation()]
             features = width
-        layers.append(nn.Linear(features, classes))
+        layers.append(nn.Linear(features, outputs))
         return _initialized(nn.Sequential(*layers), activation)
 
     return build
 
 
-def _convolutional(shape: tuple[int, ...], classes: int) -> nn.Module:
+def _convolutional(shape: tuple[int, ...], outputs: int) -> nn.Module:
     if len(shape) != 3 or min(shape[1:]) < 2:
         raise ModelError(
             message(
@@ -91,7 +91,7 @@ def _convolutional(shape: tuple[int, ...], classes: int) -> nn.Module:
         if position == 1:
             layers.append(nn.MaxPool2d(2))
         channels = width
-    layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes)]
+    layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, outputs)]
     return _initialized(nn.Sequential(*layers), nn.ReLU)
 
 

@@ -8,6 +8,7 @@ from batchnorm.comparison.data import Data, Loaders
 from batchnorm.comparison.footing import Footing
 from batchnorm.comparison.pairs import Pair
 from batchnorm.comparison.summary import JUDGED, Summary
+from batchnorm.comparison.tasks import task_named
 
 if TYPE_CHECKING:
     from batchnorm.comparison.result import Setup
@@ -67,7 +68,7 @@ def _training(setup: "Setup", data: Data | Loaders) -> str:
         batches = "The training loader's batches, recorded once a seed"
     return (
         f"Data: {source} {batches}: both networks see the same batches in the same order. {setup.steps} steps of "
-        f"{setup.optimizer} at a constant learning rate, cross entropy; "
+        f"{setup.optimizer} at a constant learning rate, {task_named(setup.task).loss_name}; "
         f"evaluated every {setup.every} steps in eval mode, with running statistics."
     )
 
@@ -75,9 +76,9 @@ def _training(setup: "Setup", data: Data | Loaders) -> str:
 def _selection(setup: "Setup", summary: Summary) -> str:
     tried = ", ".join(f"{rate.lr:g}" for rate in summary.plain.rates)
     return (
-        f"Learning rates tried: {tried}. Best and fastest rates and best accuracies are chosen on the test set, by "
-        "the same rule for both networks. That is too optimistic as an estimate for new data, and a network that "
-        "trains at more rates has more tries to be lucky. "
+        f"Learning rates tried: {tried}. Best and fastest rates and best {summary.words.metrics} are chosen "
+        "on the test set, by the same rule for both networks. That is too optimistic as an estimate for new data, and "
+        "a network that trains at more rates has more tries to be lucky. "
         f"How much sooner is judged at {100 * JUDGED:.0f} % of the plain network's best: the whole of it is the "
         "luckiest of many evaluations, which a second network as good would often miss. "
         f"Steps are counted in units of {setup.every}, from one evaluation to the next."

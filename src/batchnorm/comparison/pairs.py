@@ -12,6 +12,7 @@ from torch.nn.parameter import is_lazy
 
 from batchnorm._errors import BatchNormError, InputTypeError, ModelError, message
 from batchnorm.comparison.record import seeded
+from batchnorm.comparison.tasks import Task
 
 if TYPE_CHECKING:
     from batchnorm._walk import Skipped
@@ -42,7 +43,8 @@ class Pair:
 def make_pair(
     factory: Callable[[], nn.Module],
     sample: Tensor,
-    labels: int,
+    task: Task,
+    outputs: int,
     seed: int,
     device: torch.device,
     *,
@@ -54,14 +56,15 @@ def make_pair(
         factory: returns a new model; one with batch norm is compared with the same model without it, one without
             with the same model with it.
         sample: a few inputs, (n, *features), for lazy layers and to check the output.
-        labels: the number of classes in the data: the largest label plus one.
+        task: what is learned.
+        outputs: how many outputs that needs: the largest label plus one, or the numbers a sample.
         seed: seeds the weights.
         device: where both networks go.
         lowest: the smallest label.
 
     Raises:
-        ModelError: the factory fails or returns no module, the model cannot be copied, the output is not
-            (n, classes), or there is no place for batch norm in the model.
+        ModelError: the factory fails or returns no module, the model cannot be copied, the output does not
+            suit the task, or there is no place for batch norm in the model.
     """
     with seeded(seed, device):
         built = _built(factory)
@@ -69,37 +72,38 @@ def make_pair(
             # PyTorch cannot copy a lazy layer before its first batch.
             _evaluated(built, sample.cpu())
         model = copied(built).to(device)
-        check_output(model, sample.to(device), labels, lowest)
+        check_output(model, sample.to(device), task, outputs, lowest)
         return _derived(model)
 
 
-def check_output(model: nn.Module, sample: Tensor, labels: int, lowest: int = 0) -> None:
-    """Refuse a model whose output for `sample` is not one score a class, or that has nothing to train."""
+def check_output(model: nn.Module, sample: Tensor, task: Task, outputs: int, lowest: int = 0) -> None:
+    """Refuse a model whose output for `sample` does not suit the task, or that has nothing to train."""
     output = _evaluated(model, sample)
-    if not _fits(output, sample, labels):
-        fix = "End the model with a linear layer of one output a class."
-        if lowest > 0 and _fits(output, sample, labels - lowest):
+    if task.fit(output, sample, outputs) is None:
+        fix = f"End the model with a linear layer of one output a {task.unit}."
+        if lowest > 0 and task.fit(output, sample, outputs - lowest) is not None:
             fix = (
-                f"The labels run from {lowest} to {labels - 1}, and classes count from 0: "
+                f"The labels run from {lowest} to {outputs - 1}, and classes count from 0: "
                 f"subtract {lowest} from the labels."
             )
-        raise _wrong_output(output, sample, f" and at least {labels} classes", fix)
+        raise _wrong_output(output, task.expected(sample, outputs), fix)
     if not any(p.requires_grad for p in model.parameters()):
         raise ModelError(message("the model", got="no trainable parameter", expected="something to train"))
 
 
-def scores(model: nn.Module, x: Tensor) -> Tensor:
-    """The model's scores for `x`, (N, classes), in the mode that it is in.
+def scores(model: nn.Module, x: Tensor, y: Tensor, task: Task) -> Tensor:
+    """The model's output for `x`, (N, classes) or (N, outputs), in the mode that it is in.
 
     Raises:
         ModelError: the model fails, or its output is something else.
     """
     output = _forward(model, x)
-    if not _fits(output, x, 1):
+    fitted = task.fit(output, x, task.width(y))
+    if fitted is None:
         mode = "train" if model.training else "eval"
-        fix = f"This is its output in {mode} mode; it must give the scores alone in both modes."
-        raise _wrong_output(output, x, "", fix)
-    return output  # type: ignore[no-any-return]  # a model may return anything; _fits looked
+        fix = f"This is its output in {mode} mode; it must give that alone in both modes."
+        raise _wrong_output(output, task.expected(x, None), fix)
+    return fitted
 
 
 def given(model: nn.Module, x: Tensor) -> Tensor:
@@ -155,21 +159,10 @@ def _forward(model: nn.Module, x: Tensor) -> Any:
         ) from error
 
 
-def _fits(output: object, x: Tensor, classes: int) -> bool:
-    return (
-        isinstance(output, Tensor)
-        and output.dim() == 2
-        and len(output) == len(x)
-        and output.shape[1] >= classes
-        and output.is_floating_point()
-    )
-
-
-def _wrong_output(output: object, x: Tensor, more: str, fix: str) -> ModelError:
+def _wrong_output(output: object, expected: str, fix: str) -> ModelError:
     got = f"a {type(output).__name__}"
     if isinstance(output, Tensor):
         got = f"shape {tuple(output.shape)}" + ("" if output.is_floating_point() else f", {output.dtype}")
-    expected = f"shape ({len(x)}, classes) for {len(x)} samples{more}"
     return ModelError(message("the model's output", got=got, expected=expected, fix=fix))
 
 

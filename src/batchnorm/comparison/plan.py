@@ -10,14 +10,15 @@ import torch
 from torch import nn
 
 from batchnorm._errors import InputError, InputTypeError, message
-from batchnorm.comparison.data import Data, Loaders, resolve_data
+from batchnorm.comparison.data import Data, Loaders
 from batchnorm.comparison.networks import RELU_RATES, network
 from batchnorm.comparison.record import Replay, draw_batches, record_loader
+from batchnorm.comparison.resolve import resolve_data
+from batchnorm.comparison.tasks import Task, task_named
 from batchnorm.comparison.training import MakeOptimizer, optimizer_maker
 
 __all__ = ["Plan", "make_plan"]
 
-TASKS = ("classification",)
 STEPS = 500
 BATCH_SIZE = 64
 EVALUATIONS = 50  # a run; a speed-up is known to within steps / EVALUATIONS
@@ -50,6 +51,11 @@ class Plan:
         return draw_batches(self.data, self.batch_size or BATCH_SIZE, self.steps, seed, self.device)
 
     @property
+    def task(self) -> Task:
+        """What is learned."""
+        return task_named(self.data.task)
+
+    @property
     def every(self) -> int:
         """Steps from one evaluation to the next."""
         return max(1, self.steps // EVALUATIONS)
@@ -58,7 +64,7 @@ class Plan:
 def make_plan(
     make_model: str | Callable[[], nn.Module],
     data: object,
-    task: str,
+    task: str | None,
     lrs: Iterable[float] | None,
     seeds: int,
     steps: int | None,
@@ -67,8 +73,6 @@ def make_plan(
     device: str | torch.device,
 ) -> Plan:
     """Check the arguments of `batchnorm.compare`, which says what they are and what they raise."""
-    if task not in TASKS:
-        raise InputError(message("task", got=repr(task), expected=f"one of {', '.join(TASKS)}"))
     seeds = _count("seeds", seeds)
     built_in = network(make_model) if isinstance(make_model, str) else None
     maker = optimizer_maker(optimizer)
@@ -76,7 +80,7 @@ def make_plan(
     rates = _rates(lrs, built_in.rates if built_in else RELU_RATES, kind)
     steps = _count("steps", steps if steps is not None else built_in.steps if built_in else STEPS)
     batch_size = None if batch_size is None else _count("batch_size", batch_size)
-    resolved = resolve_data(data)
+    resolved = resolve_data(data, task)
     size = _batch_size(resolved, batch_size)
     chosen = _device(device, resolved, own_model=built_in is None)
     if built_in is not None:
@@ -98,8 +102,8 @@ def _built_in_factory(name: Any, data: Data | Loaders) -> Callable[[], nn.Module
                 fix="Pass (x_train, y_train, x_test, y_test), or a function that builds your model.",
             )
         )
-    shape, classes = tuple(data.x_train.shape[1:]), data.classes
-    return lambda: network(name).build(shape, classes)
+    shape, outputs = tuple(data.x_train.shape[1:]), data.outputs
+    return lambda: network(name).build(shape, outputs)
 
 
 def _rates(lrs: Iterable[float] | None, default: tuple[float, ...], optimizer: str) -> tuple[float, ...]:

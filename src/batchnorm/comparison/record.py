@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from batchnorm._errors import BatchNormError, DataError, InputError, message
-from batchnorm.comparison.data import Data, Loaders, as_inputs, as_labels, check_classes
+from batchnorm.comparison.arrays import as_inputs
+from batchnorm.comparison.data import Data, Loaders
+from batchnorm.comparison.tasks import Task, task_named
 
 __all__ = ["Batch", "Replay", "draw_batches", "record_loader", "record_test", "seeded"]
 
@@ -102,19 +104,20 @@ def record_loader(
         DataError: the loader gives no batches, gives them only once, or gives something else.
     """
     inputs: list[Tensor] = []
-    labels: list[Tensor] = []
+    targets: list[Tensor] = []
     dropped, epoch, passes = 0, 0, 0
+    task = task_named(loaders.task)
     with seeded(seed, device):
         while len(inputs) < steps:
             before = len(inputs)
             passes += 1
             for item in _pass(loaders.train, "training loader"):
-                x, y = _batch(item, "training loader")
+                x, y = _batch(item, "training loader", task)
                 if len(x) < 2:
                     dropped += 1
                     continue
                 inputs.append(x.clone())  # a loader may refill its buffer
-                labels.append(y.clone())
+                targets.append(y.clone())
                 if len(inputs) == steps:
                     break
             if len(inputs) == before:
@@ -122,8 +125,8 @@ def record_loader(
             epoch = epoch or len(inputs)
         if again and passes == 1 and not any(True for _ in _pass(loaders.train, "training loader")):
             raise _used_up("no batches at the second pass")
-    check_classes(torch.cat(labels), "labels of the training loader")
-    return Replay(inputs, labels, device, epoch, dropped=dropped)
+    task.check(torch.cat(targets), "targets of the training loader")
+    return Replay(inputs, targets, device, epoch, dropped=dropped)
 
 
 def record_test(data: Data | Loaders, device: torch.device) -> list[Batch]:
@@ -131,12 +134,14 @@ def record_test(data: Data | Loaders, device: torch.device) -> list[Batch]:
     if isinstance(data, Data):
         pieces = zip(torch.split(data.x_test, 1024), torch.split(data.y_test, 1024), strict=True)
         return [(x.to(device), y.to(device)) for x, y in pieces]
+    task = task_named(data.task)
     with seeded(0, device):
         # Copies: a loader may refill its buffer.
-        batches = [(x.clone(), y.clone()) for x, y in map(_test_batch, _pass(data.test, "test loader"))]
+        items = (_batch(item, "test loader", task) for item in _pass(data.test, "test loader"))
+        batches = [(x.clone(), y.clone()) for x, y in items]
     if sum(len(x) for x, _ in batches) < 2:
         raise DataError(message("test loader", got="fewer than two samples", expected="at least two samples"))
-    check_classes(torch.cat([y for _, y in batches]), "labels of the test loader")
+    task.check(torch.cat([y for _, y in batches]), "targets of the test loader")
     return [(x.to(device), y.to(device)) for x, y in batches if len(x)]
 
 
@@ -149,7 +154,9 @@ def _pass(loader: Iterable[Any], name: str) -> Iterator[Any]:
             raise
         reason = " ".join(str(error).split()) or "no message"
         raise DataError(
-            message(name, got=f"{type(error).__name__} ({reason[:300]})", expected="(inputs, labels) batches")
+            message(
+                name, got=f"{type(error).__name__} ({reason[:300]})", expected="(inputs, targets) batches"
+            )
         ) from error
 
 
@@ -164,17 +171,16 @@ def _used_up(got: str) -> DataError:
     )
 
 
-def _test_batch(item: Any) -> Batch:
-    return _batch(item, "test loader")
-
-
-def _batch(item: Any, name: str) -> Batch:
+def _batch(item: Any, name: str, task: Task) -> Batch:
     if not isinstance(item, tuple | list) or len(item) != 2:
         size = f" of length {len(item)}" if isinstance(item, tuple | list) else ""
         raise DataError(
-            message(name, got=f"a {type(item).__name__}{size}", expected="(inputs, labels) batches")
+            message(name, got=f"a {type(item).__name__}{size}", expected="(inputs, targets) batches")
         )
-    x, y = as_inputs(item[0], f"inputs of the {name}"), as_labels(item[1], f"labels of the {name}")
+    x, y = as_inputs(item[0], f"inputs of the {name}"), task.targets(item[1], f"targets of the {name}")
     if len(x) != len(y):
-        raise DataError(message(name, got=f"{len(x)} inputs and {len(y)} labels", expected="as many of each"))
-    return x, y
+        raise DataError(
+            message(name, got=f"{len(x)} inputs and {len(y)} targets", expected="as many of each")
+        )
+    # Some devices have no float64.
+    return x, y.float() if y.is_floating_point() else y

@@ -21,6 +21,7 @@ class Setup:
 
     Args:
         model: the network's name.
+        task: "classification" or "regression".
         data: the data's name.
         describe: the network in one line.
         samples: training and test samples; None where the loaders do not say.
@@ -37,6 +38,7 @@ class Setup:
     """
 
     model: str
+    task: str
     data: str
     describe: str
     samples: tuple[int, int] | None
@@ -75,7 +77,7 @@ class Comparison(Reported):
     """
 
     kind: ClassVar[str] = "comparison"
-    schema_version: ClassVar[int] = 1
+    schema_version: ClassVar[int] = 2
 
     setup: Setup
     runs: tuple[Run, ...]
@@ -105,7 +107,7 @@ class Comparison(Reported):
         return tell(self)
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as plain dictionaries and lists; times in seconds, accuracies from 0 to 1."""
+        """Everything as plain dictionaries and lists; times in seconds, scores from 0 to 1."""
         found = [asdict(verdict) for verdict in verdicts(self.summary, self.footing)]
         return {
             "verdict": self.verdict,

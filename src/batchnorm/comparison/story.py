@@ -3,12 +3,12 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from batchnorm.comparison.figures import accuracy_curves, batch_statistics, learning_rates, loss_curves
+from batchnorm.comparison.figures import batch_statistics, learning_rates, loss_curves, score_curves
 from batchnorm.comparison.measures import Interval
 from batchnorm.comparison.notes import CAUTION
 from batchnorm.comparison.summary import Arm, Rate, Summary, Target
 from batchnorm.comparison.verdicts import headline, verdicts
-from batchnorm.comparison.wording import average, percent, points, span
+from batchnorm.comparison.wording import Words, average
 from batchnorm.report.document import Block, Document, Paragraph, Section, Table
 
 if TYPE_CHECKING:
@@ -25,21 +25,21 @@ PRIMER = (
 
 
 def tell(result: "Comparison") -> Document:
-    """The document: verdicts, cautions and accuracy curves first, then rates, steps, batches, and how it was done."""
+    """The document: verdicts, cautions and curves first, then rates, steps, batches, and how it was done."""
     summary, setup = result.summary, result.setup
     cautions = [note for note in result.notes if note.startswith(CAUTION)]
     method = [note for note in result.notes if not note.startswith(CAUTION)]
     first: list[Block] = [
         *verdicts(summary, result.footing),
         *(Paragraph(note) for note in cautions),
-        accuracy_curves(summary, result.runs),
+        score_curves(summary, result.runs),
         Paragraph(PRIMER, small=True),
     ]
     sections = [
         Section("What batch norm does to this network", first),
         Section("Learning rates", [learning_rates(summary), _rate_table(summary)]),
-        Section("Steps to a given accuracy", [_steps_table(summary), _step_cost(summary)]),
-        Section("Accuracy", [_accuracy_table(summary)]),
+        Section(f"Steps to a given {summary.words.metric}", [_steps_table(summary), _step_cost(summary)]),
+        Section(_titled(summary.words.metric), [_quality_table(summary)]),
     ]
     if result.footing is not None:
         sections.append(Section("Every batch on the same footing", [batch_statistics(result.footing)]))
@@ -54,25 +54,30 @@ def tell(result: "Comparison") -> Document:
     )
 
 
+def _titled(name: str) -> str:
+    return name[0].upper() + name[1:]
+
+
 def _rate_table(summary: Summary) -> Table:
+    w = summary.words
     lines = zip(summary.normalized.rates, summary.plain.rates, summary.rate_differences, strict=True)
     return Table(
         columns=("learning rate", "with", "trains", "without", "trains", "paired difference"),
         rows=[
             [
                 f"{with_.lr:g}",
-                percent(with_.final.mean),
+                w.score(with_.final.mean),
                 _trains(with_),
-                percent(without.final.mean),
+                w.score(without.final.mean),
                 _trains(without),
-                _difference(gap),
+                _difference(gap, w),
             ]
             for with_, without, gap in lines
         ],
         caption=(
-            "Final test accuracy, mean over seeds; the difference with its 95 % interval."
+            f"Final test {w.metric}, mean over seeds; the difference with its 95 % interval."
             if len(summary.seeds) > 1
-            else "Final test accuracy; one seed, hence no intervals."
+            else f"Final test {w.metric}; one seed, hence no intervals."
         ),
         numeric=(0, 1, 3, 5),
     )
@@ -89,9 +94,9 @@ def _steps_table(summary: Summary) -> Table:
             "ratio",
             "95 % interval",
         ),
-        rows=[_target_row(target) for target in summary.targets],
+        rows=[_target_row(target, summary.words) for target in summary.targets],
         caption=(
-            "Accuracies as shares of the best that each seed reaches without batch norm; steps averaged over seeds, "
+            "Shares of the best that each seed reaches without batch norm; steps averaged over seeds, "
             "each network at the learning rate that gets there soonest. "
             + (
                 "The verdict rests on the 99 %."
@@ -103,15 +108,15 @@ def _steps_table(summary: Summary) -> Table:
     )
 
 
-def _target_row(target: Target) -> list[str]:
-    goal = sum(target.accuracy) / len(target.accuracy)
+def _target_row(target: Target, w: Words) -> list[str]:
+    goal = average(target.score)
     ratio, interval = "–", "–"
     if target.ratio is not None:
         ratio = f"{target.ratio.mean:.1f}×"
         if target.ratio.low is not None:
             interval = f"{target.ratio.low:.1f} to {target.ratio.high:.1f}"
     return [
-        f"{percent(goal)} ({100 * target.share:.0f} % of the best)",
+        f"{w.score(goal)} ({100 * target.share:.0f} % of the best)",
         _steps(target.normalized_steps),
         f"{target.normalized_lr:g}",
         _steps(target.plain_steps),
@@ -130,9 +135,11 @@ def _step_cost(summary: Summary) -> Paragraph:
     )
 
 
-def _accuracy_table(summary: Summary) -> Table:
+def _quality_table(summary: Summary) -> Table:
+    w = summary.words
+
     def row(name: str, with_: Interval, without: Interval, difference: Interval) -> list[str]:
-        return [name, _interval(with_), _interval(without), _difference(difference)]
+        return [name, w.interval(with_), w.interval(without), _difference(difference, w)]
 
     with_, without = (_at_best(arm.rates, arm.best_lr) for arm in (summary.normalized, summary.plain))
     return Table(
@@ -143,14 +150,14 @@ def _accuracy_table(summary: Summary) -> Table:
             "paired difference",
         ),
         rows=[
-            row("best test accuracy", with_.best, without.best, summary.best_difference),
-            row("final test accuracy", with_.final, without.final, summary.final_difference),
+            row(f"best test {w.metric}", with_.best, without.best, summary.best_difference),
+            row(f"final test {w.metric}", with_.final, without.final, summary.final_difference),
             _loss_row(summary.normalized, summary.plain),
         ],
         caption=(
-            f"Means of {len(summary.seeds)} seeds with 95 % intervals; the training loss, in nats, is a plain mean."
+            f"Means of {len(summary.seeds)} seeds with 95 % intervals; the training loss, {w.loss}, is a plain mean."
             if len(summary.seeds) > 1
-            else "One seed, hence no intervals. The training loss is in nats."
+            else f"One seed, hence no intervals. The training loss is {w.loss}."
         ),
         numeric=(1, 2, 3),
     )
@@ -174,18 +181,11 @@ def _trains(rate: Rate) -> str:
     return "yes" if rate.trains else "no"
 
 
-def _interval(value: Interval) -> str:
-    """The mean and its interval; an accuracy's interval may reach beyond 0 or 100 %, which no accuracy does."""
+def _difference(value: Interval, w: Words) -> str:
     if value.low is None or value.high is None:
-        return percent(value.mean)
-    return f"{percent(value.mean)} ({100 * max(value.low, 0):.1f} to {100 * min(value.high, 1):.1f})"
-
-
-def _difference(value: Interval) -> str:
-    if value.low is None or value.high is None:
-        return points(value.mean)
+        return w.difference(value.mean)
     seen = "" if value.excludes(0) else ": no difference seen"
-    return f"{points(value.mean)} ({span(value)}){seen}"
+    return f"{w.difference(value.mean)} ({w.span(value)}){seen}"
 
 
 def _steps(values: Sequence[int | None]) -> str:

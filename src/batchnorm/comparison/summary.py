@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from batchnorm.comparison.measures import (
     Interval,
@@ -12,11 +12,13 @@ from batchnorm.comparison.measures import (
     training_bar,
     trains,
 )
+from batchnorm.comparison.tasks import task_named
 from batchnorm.comparison.training import Run
+from batchnorm.comparison.wording import Words, words
 
-__all__ = ["JUDGED", "TARGETS", "Arm", "Rate", "Summary", "Target", "final_accuracy", "summarize"]
+__all__ = ["JUDGED", "TARGETS", "Arm", "Rate", "Summary", "Target", "final_score", "summarize"]
 
-# Shares of the plain network's best accuracy. The whole of it is its luckiest evaluation: an equal network mostly
+# Shares of the plain network's best score. The whole of it is its luckiest evaluation: an equal network mostly
 # misses it with some seed, and where it does not, it seems 1.4 times as fast. 99 % of it is judged: there the ratio of
 # equal networks is 1.05 to 1.15, and of comparisons with three seeds 4 % are called a difference.
 TARGETS = (0.9, 0.95, 0.99, 1.0)
@@ -42,15 +44,15 @@ class Arm:
 
     Args:
         rates: every learning rate, rising.
-        best_lr: the rate with the highest mean best test accuracy; of equals the one with the higher final one.
+        best_lr: the rate with the highest mean best test score; of equals the one with the higher final one.
         edge: "lowest" or "highest" when `best_lr` is that rate of the sweep, so that a better one may lie outside;
             "only" when there is no other; None when it lies inside.
-        best: best test accuracy of each seed at `best_lr`.
-        final: final test accuracy of each seed at `best_lr`.
-        final_loss: training loss of each seed at the end, at `best_lr`, nats a sample; None where it diverged.
+        best: best test score of each seed at `best_lr`.
+        final: final test score of each seed at `best_lr`.
+        final_loss: training loss of each seed at the end, at `best_lr`; None where it diverged.
         improving: at `best_lr` every seed's training loss still fell by more than 0.5 % in the last tenth of the steps.
-        bar: the final accuracy that every seed must reach for a rate to count as trained; the same for both networks.
-        samples: how many test samples its accuracies rest on.
+        bar: the final score that every seed must reach for a rate to count as trained; the same for both networks.
+        samples: how many test samples its scores rest on.
     """
 
     rates: tuple[Rate, ...]
@@ -71,11 +73,11 @@ class Arm:
 
 @dataclass(frozen=True)
 class Target:
-    """Steps until a share of the plain network's best accuracy is reached, each network at its own fastest rate.
+    """Steps until a share of the plain network's best score is reached, each network at its own fastest rate.
 
     Args:
-        share: the share of the plain network's best accuracy.
-        accuracy: the accuracy to reach, for each seed.
+        share: the share of the plain network's best score.
+        score: the score to reach, for each seed.
         plain_lr: the rate at which the plain network gets there soonest.
         plain_steps: its steps, for each seed.
         normalized_lr: the rate at which the one with batch norm does.
@@ -84,7 +86,7 @@ class Target:
     """
 
     share: float
-    accuracy: tuple[float, ...]
+    score: tuple[float, ...]
     plain_lr: float
     plain_steps: tuple[int | None, ...]
     normalized_lr: float
@@ -96,21 +98,23 @@ class Target:
 class Summary:
     """Everything that the verdicts rest on, from the seeds whose trainings are all finished.
 
-    Differences are paired by seed, with batch norm minus without, in accuracy from 0 to 1.
+    Differences are paired by seed, with batch norm minus without, in scores from 0 to 1.
 
     Args:
         seeds: the seeds that count.
-        chance: the accuracy of guessing.
+        task: "classification" or "regression".
+        chance: the score of guessing.
         plain: the network without batch norm.
         normalized: the network with it.
-        rate_differences: difference of the final accuracies at each rate of the sweep.
-        best_difference: of the best accuracies, each network at its best rate.
-        final_difference: of the final accuracies, each network at its best rate.
-        targets: steps to shares of the plain network's best accuracy, the whole of it last.
+        rate_differences: difference of the final scores at each rate of the sweep.
+        best_difference: of the best scores, each network at its best rate.
+        final_difference: of the final scores, each network at its best rate.
+        targets: steps to shares of the plain network's best score, the whole of it last.
         seconds_per_step: median time of a training step, without and with batch norm.
     """
 
     seeds: tuple[int, ...]
+    task: str
     chance: float
     plain: Arm
     normalized: Arm
@@ -126,13 +130,18 @@ class Summary:
         return next(target for target in self.targets if target.share == JUDGED)
 
     @property
+    def words(self) -> Words:
+        """How the scores are spoken of."""
+        return words(self.task)
+
+    @property
     def bar(self) -> float:
-        """The final accuracy that every seed must reach for a network to count as trained."""
+        """The final score that every seed must reach for a network to count as trained."""
         return self.plain.bar
 
     @property
     def samples(self) -> int:
-        """How many test samples the accuracies rest on."""
+        """How many test samples the scores rest on."""
         return self.plain.samples
 
     @property
@@ -144,20 +153,30 @@ class Summary:
 Grid = dict[tuple[bool, float, int], Run]
 
 
-def final_accuracy(run: Run, chance: float) -> float:
-    """The accuracy at the end; a diverged network is as good as guessing."""
-    return chance if run.diverged else run.accuracy[-1]
+class _Scale(NamedTuple):
+    """What scores are judged by: guessing, the best seen, what is clearly above guessing, and the test samples."""
+
+    chance: float
+    top: float
+    clear: float
+    samples: int
 
 
-def summarize(runs: Sequence[Run], chance: float, samples: int) -> Summary:
+def final_score(run: Run, chance: float) -> float:
+    """The score at the end; a diverged network is as good as guessing."""
+    return chance if run.diverged else run.score[-1]
+
+
+def summarize(runs: Sequence[Run], task: str, chance: float, samples: int) -> Summary:
     """Summarize finished pairs.
 
     Seeds count that have a pair at every rate; when the very first seed was cut short, its finished rates count.
 
     Args:
         runs: trainings; those without their partner are left out.
-        chance: the accuracy of guessing, 0 to 1.
-        samples: how many test samples the accuracies rest on.
+        task: what was learned.
+        chance: the score of guessing, 0 to 1.
+        samples: how many test samples the scores rest on.
 
     Raises:
         ValueError: there is no finished pair.
@@ -170,10 +189,13 @@ def summarize(runs: Sequence[Run], chance: float, samples: int) -> Summary:
     seeds = tuple(s for s in dict.fromkeys(seed for _, seed in pairs) if all((lr, s) in pairs for lr in lrs))
     if not seeds:
         raise ValueError("no seed has a finished pair at every rate")
-    top = max(max(run.accuracy) for run in grid.values() if run.seed in seeds)
-    plain, normalized = (_arm(grid, side, lrs, seeds, (chance, top, samples)) for side in (False, True))
+    top = max(max(run.score) for run in grid.values() if run.seed in seeds)
+    clear = task_named(task).clear(chance, samples)
+    scale = _Scale(chance, top, clear, samples)
+    plain, normalized = (_arm(grid, side, lrs, seeds, scale) for side in (False, True))
     return Summary(
         seeds=seeds,
+        task=task,
         chance=chance,
         plain=plain,
         normalized=normalized,
@@ -188,10 +210,8 @@ def summarize(runs: Sequence[Run], chance: float, samples: int) -> Summary:
     )
 
 
-def _arm(
-    grid: Grid, normalized: bool, lrs: list[float], seeds: tuple[int, ...], scale: tuple[float, float, int]
-) -> Arm:
-    chance, top, samples = scale
+def _arm(grid: Grid, normalized: bool, lrs: list[float], seeds: tuple[int, ...], scale: _Scale) -> Arm:
+    chance, top, clear, samples = scale
     rates = []
     for lr in lrs:
         runs = [grid[normalized, lr, seed] for seed in seeds]
@@ -199,10 +219,10 @@ def _arm(
         rates.append(
             Rate(
                 lr,
-                t_interval([max(run.accuracy) for run in runs]).clipped(0, 1),
+                t_interval([max(run.score) for run in runs]).clipped(0, 1),
                 t_interval(finals).clipped(0, 1),
                 sum(run.diverged for run in runs),
-                trains([None if run.diverged else run.accuracy[-1] for run in runs], chance, top, samples),
+                trains([None if run.diverged else run.score[-1] for run in runs], chance, top, clear),
             )
         )
     best = max(rates, key=lambda rate: (rate.best.mean, rate.final.mean))
@@ -212,11 +232,11 @@ def _arm(
         tuple(rates),
         best.lr,
         ends.get(rates.index(best)),
-        tuple(max(run.accuracy) for run in runs),
+        tuple(max(run.score) for run in runs),
         tuple(_finals(grid, normalized, best.lr, seeds, chance)),
         tuple(None if run.diverged else run.loss[-1] for run in runs),
         all(_improving(run) for run in runs),
-        training_bar(chance, top, samples),
+        training_bar(chance, top, clear),
         samples,
     )
 
@@ -233,7 +253,7 @@ def _improving(run: Run) -> bool:
 
 
 def _finals(grid: Grid, normalized: bool, lr: float, seeds: tuple[int, ...], chance: float) -> list[float]:
-    return [final_accuracy(grid[normalized, lr, seed], chance) for seed in seeds]
+    return [final_score(grid[normalized, lr, seed], chance) for seed in seeds]
 
 
 def _difference(first: Sequence[float], second: Sequence[float]) -> Interval:
@@ -260,9 +280,7 @@ def _fastest(
 
     def steps_at(lr: float) -> tuple[int | None, ...]:
         runs = [grid[normalized, lr, seed] for seed in seeds]
-        return tuple(
-            first_reach(run.steps, run.accuracy, goal) for run, goal in zip(runs, goals, strict=True)
-        )
+        return tuple(first_reach(run.steps, run.score, goal) for run, goal in zip(runs, goals, strict=True))
 
     def slowness(lr: float) -> tuple[int, float]:
         reached = [steps for steps in steps_at(lr) if steps is not None]

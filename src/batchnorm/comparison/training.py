@@ -7,14 +7,14 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from batchnorm._errors import BatchNormError, InputError, InputTypeError, ModelError, message
 from batchnorm.comparison.pairs import raised, scores
 from batchnorm.comparison.progress import Progress
 from batchnorm.comparison.record import Batch, Replay, seeded
+from batchnorm.comparison.tasks import Task
 
-__all__ = ["OPTIMIZERS", "MakeOptimizer", "Run", "accuracy_on", "optimizer_maker", "train"]
+__all__ = ["OPTIMIZERS", "MakeOptimizer", "Run", "optimizer_maker", "score_on", "train"]
 
 MakeOptimizer = Callable[[Iterable[nn.Parameter], float], torch.optim.Optimizer]
 
@@ -34,8 +34,8 @@ class Run:
         lr: learning rate.
         seed: the seed of weights and batches.
         steps: the steps at which it was evaluated, from 0 on.
-        accuracy: test accuracy at these steps, 0 to 1.
-        loss: mean training loss since the evaluation before, nats a sample; NaN at step 0.
+        score: test accuracy or R² at these steps, 0 to 1.
+        loss: mean training loss since the evaluation before; NaN at step 0.
         diverged: the training loss became NaN or infinite; the training ended there.
         trained_steps: how many steps were made.
         seconds: time of the training steps alone, without evaluations.
@@ -45,7 +45,7 @@ class Run:
     lr: float
     seed: int
     steps: tuple[int, ...]
-    accuracy: tuple[float, ...]
+    score: tuple[float, ...]
     loss: tuple[float, ...]
     diverged: bool
     trained_steps: int
@@ -90,6 +90,7 @@ def train(
     model: nn.Module,
     batches: Replay,
     test: Sequence[Batch],
+    task: Task,
     *,
     normalized: bool,
     lr: float,
@@ -102,13 +103,13 @@ def train(
     device = batches.device
     with seeded(seed, device), torch.enable_grad():
         optimizer = _made(make_optimizer, [p for p in model.parameters() if p.requires_grad], lr)
-        steps, accuracies, losses = [0], [accuracy_on(model, test)], [math.nan]
+        steps, scored, losses = [0], [score_on(model, test, task)], [math.nan]
         model.train()
         recent: list[float] = []
         seconds, diverged, step = 0.0, False, 0
         for step, (x, y) in enumerate(batches, start=1):
             begin = time.perf_counter()
-            loss = _step(model, optimizer, x, y)
+            loss = _step(model, optimizer, x, y, task)
             seconds += time.perf_counter() - begin
             if not math.isfinite(loss):
                 diverged = True
@@ -116,25 +117,21 @@ def train(
             recent.append(loss)
             if step % every == 0 or step == len(batches):
                 steps.append(step)
-                accuracies.append(accuracy_on(model, test))
+                scored.append(score_on(model, test, task))
                 losses.append(sum(recent) / len(recent))
                 recent.clear()
-                progress.step(step, len(batches), losses[-1], accuracies[-1])
-    return Run(normalized, lr, seed, tuple(steps), tuple(accuracies), tuple(losses), diverged, step, seconds)
+                progress.step(step, len(batches), losses[-1], scored[-1])
+    return Run(normalized, lr, seed, tuple(steps), tuple(scored), tuple(losses), diverged, step, seconds)
 
 
-def accuracy_on(model: nn.Module, test: Sequence[Batch]) -> float:
-    """The share of test samples that the model, in eval mode, gets right; a score of NaN or Inf is wrong."""
+def score_on(model: nn.Module, test: Sequence[Batch], task: Task) -> float:
+    """The score of the model, in eval mode, on the test samples."""
     training = model.training
     model.eval()
-    right, samples = 0, 0
     with torch.no_grad():
-        for x, y in test:
-            output = scores(model, x)
-            right += int(((output.argmax(1) == y) & output.isfinite().all(1)).sum())
-            samples += len(y)
+        result = task.score((scores(model, x, y, task), y) for x, y in test)
     model.train(training)
-    return right / samples
+    return result
 
 
 def _made(make_optimizer: MakeOptimizer, parameters: list[nn.Parameter], lr: float) -> torch.optim.Optimizer:
@@ -157,10 +154,10 @@ def _made(make_optimizer: MakeOptimizer, parameters: list[nn.Parameter], lr: flo
     return optimizer
 
 
-def _step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor) -> float:
-    output = scores(model, x)
+def _step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor, task: Task) -> float:
+    output = scores(model, x, y, task)
     try:
-        loss = F.cross_entropy(output, y)
+        loss = task.loss(output, y)
         value = float(loss.item())
         if math.isfinite(value):
             optimizer.zero_grad()
@@ -170,7 +167,7 @@ def _step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tens
             message(
                 "the model",
                 got=f"an error in a training step ({raised(error)})",
-                expected="scores that cross entropy and its gradient can be computed of",
+                expected=f"an output that {task.loss_name} and its gradient can be computed of",
             )
         ) from error
     if math.isfinite(value):

@@ -21,13 +21,10 @@ from batchnorm.comparison.wording import (
     factors,
     joined,
     listed,
-    percent,
-    points,
-    span,
 )
 from batchnorm.report.document import Tone, Verdict
 
-__all__ = ["accuracy", "footing", "headline", "rates", "speed", "verdicts"]
+__all__ = ["footing", "headline", "quality", "rates", "speed", "verdicts"]
 
 SOONER, BETTER = "How much sooner?", "How much better?"
 RATES, FOOTING = "At which learning rates?", "The same footing for every batch?"
@@ -36,7 +33,7 @@ ONE_SEED = "One seed: no interval, so chance is not excluded."
 
 def verdicts(summary: Summary, layer: Footing | None) -> list[Verdict]:
     """The judged sentences, in the order in which they are read."""
-    found = [speed(summary), accuracy(summary), rates(summary)]
+    found = [speed(summary), quality(summary), rates(summary)]
     if layer is None:
         return found
     trained = bool(summary.plain.trained_at or summary.normalized.trained_at)
@@ -44,7 +41,7 @@ def verdicts(summary: Summary, layer: Footing | None) -> list[Verdict]:
 
 
 def speed(summary: Summary) -> Verdict:
-    """How many fewer steps batch norm needs to 99 % of the plain network's best accuracy."""
+    """How many fewer steps batch norm needs to 99 % of the plain network's best score."""
     target = summary.judged
     if not summary.plain.trained_at:
         return Verdict(SOONER, "cannot be said", _no_goal(summary), "neutral")
@@ -52,7 +49,7 @@ def speed(summary: Summary) -> Verdict:
         return _unreached(summary, target)
     ratio = target.ratio
     with_, without = average(target.normalized_steps), average(target.plain_steps)
-    facts = f"{with_:.0f} steps instead of {without:.0f} to {_goal(target)}"
+    facts = f"{with_:.0f} steps instead of {without:.0f} to {_goal(summary, target)}"
     more = f"{_whole(summary)} {_time(summary, ratio)}"
     if ratio.low is None:
         return Verdict(SOONER, f"one seed: {factor(ratio)}", f"{facts}. {ONE_SEED} {more}", "neutral")
@@ -65,31 +62,35 @@ def speed(summary: Summary) -> Verdict:
     return Verdict(SOONER, factor(ratio), text, "good" if ratio.mean > 1 else "bad")
 
 
-def accuracy(summary: Summary) -> Verdict:
-    """Whether the best test accuracy differs, each network at its own best rate."""
+def quality(summary: Summary) -> Verdict:
+    """Whether the best test score differs, each network at its own best rate."""
+    w = summary.words
     plain, normalized = summary.plain, summary.normalized
     best = summary.best_difference
     text = (
-        f"Best test accuracy {percent(average(normalized.best))}, without {percent(average(plain.best))}"
-        f"{_bounds(best)}; at the end of training {percent(average(normalized.final))} and "
-        f"{percent(average(plain.final))}{_at_the_end(summary.final_difference)}. Each network at its best learning "
+        f"Best test {w.metric} {w.score(average(normalized.best))}, without {w.score(average(plain.best))}"
+        f"{_bounds(summary, best)}; at the end of training {w.score(average(normalized.final))} and "
+        f"{w.score(average(plain.final))}{_at_the_end(summary)}. Each network at its best learning "
         f"rate ({normalized.best_lr:g} with batch norm, {plain.best_lr:g} without). {_losses(summary)}"
     )
     if plain.edge in ("lowest", "highest"):
         text += f" Without batch norm that rate is the {plain.edge} rate tried: a better one may lie outside."
-    claim = points(best.mean)
+    claim = w.difference(best.mean)
     if best.low is None:
         return Verdict(BETTER, f"one seed: {claim}", f"{text} {ONE_SEED}", "neutral")
-    text += f" The best accuracies differ by {claim}, paired by seed."
+    text += f" The best {w.metrics} differ by {claim}, paired by seed."
     if too_few(best):
-        return Verdict(BETTER, TOO_FEW, f"{text} Of the best accuracies, {too_wide(best)}.", "neutral")
+        return Verdict(
+            BETTER, TOO_FEW, f"{text} Of the best {w.metrics}, {too_wide(summary, best)}.", "neutral"
+        )
     if not best.excludes(0):
         return Verdict(BETTER, NO_DIFFERENCE, f"{text} The interval holds 0: no difference seen.", "neutral")
     return Verdict(BETTER, claim, text, "good" if best.mean > 0 else "bad")
 
 
 def rates(summary: Summary) -> Verdict:
-    """At how many learning rates each still trains; only rates whose final accuracies differ by more than chance."""
+    """At how many learning rates each still trains; only rates whose final scores differ by more than chance."""
+    w = summary.words
     plain, normalized = summary.plain.trained_at, summary.normalized.trained_at
     sweep = [rate.lr for rate in summary.plain.rates]
     gained, lost, lower = rates_gained(summary), rates_lost(summary), ends_lower(summary)
@@ -97,8 +98,8 @@ def rates(summary: Summary) -> Verdict:
     text = f"Trains {_at(normalized, sweep)} with batch norm, {_at(plain, sweep)} without"
     text += f"; the difference is more than chance (95 %) {_at(clear, sweep)}." if clear else "."
     text += (
-        f" To train means that every seed ends at {percent(summary.bar)} or more, which is at least halfway from "
-        f"guessing ({percent(summary.chance)}) to the best seen and clearly above guessing."
+        f" To train means that every seed ends at {w.score(summary.bar)} or more, which is at least halfway from "
+        f"{w.guessing} ({w.score(summary.chance)}) to the best seen and clearly above it."
     )
     if not plain or not normalized:
         arm, side = (summary.normalized, "With") if not normalized else (summary.plain, "Without")
@@ -149,38 +150,44 @@ def _no_goal(summary: Summary) -> str:
         text = f"{neither_trained(summary)}. {untrained(summary, summary.plain, summary.normalized)}"
         return text[0].upper() + text[1:]
     return (
-        "Without batch norm the network trains at none of these learning rates, so there is no accuracy to reach; with "
+        "Without batch norm the network trains at none of these learning rates, so there is no goal to reach; with "
         f"batch norm it does. {untrained(summary, summary.plain)}"
     )
 
 
 def _unreached(summary: Summary, target: Target) -> Verdict:
+    w = summary.words
     steps = target.normalized_steps
     reached = sum(value is not None for value in steps)
     if reached == len(steps):
-        text = f"A network reaches {_goal(target)}, before its first step."
+        text = f"A network reaches {_goal(summary, target)}, before its first step."
         return Verdict(SOONER, "cannot be said", text, "neutral")
     best = summary.best_difference
     below = best.excludes(0) and best.mean < 0
-    text = f"{_goal(target)}, is reached with batch norm in {reached} of {len(steps)} seeds within the steps given."
+    text = (
+        f"{_goal(summary, target)}, is reached with batch norm in {reached} of {len(steps)} seeds within the steps "
+        "given."
+    )
     if best.low is None:
         text += f" {ONE_SEED}"
     elif not below:
-        text += f" The best accuracies differ by {points(best.mean)} ({span(best)}): {NO_DIFFERENCE}."
+        text += (
+            f" The best {w.metrics} differ by {w.difference(best.mean)} ({w.span(best)}): {NO_DIFFERENCE}."
+        )
     else:
-        text += f" Its best accuracy lies {points(best.mean)} away ({span(best)})."
+        text += f" Its best {w.metric} lies {w.difference(best.mean)} away ({w.span(best)})."
     head = "not reached by every seed" if reached else "not reached"
     return Verdict(SOONER, head, text, "bad" if below else "neutral")
 
 
-def _goal(target: Target) -> str:
-    return f"{percent(average(target.accuracy))}, {100 * target.share:.0f} % of the plain network's best"
+def _goal(summary: Summary, target: Target) -> str:
+    return f"{summary.words.score(average(target.score))}, {100 * target.share:.0f} % of the plain network's best"
 
 
 def _whole(summary: Summary) -> str:
-    """The steps to all of the plain network's best accuracy, which is not judged."""
+    """The steps to all of the plain network's best score, which is not judged."""
     target = summary.targets[-1]
-    goal = f"The whole of that best, {percent(average(target.accuracy))}, is the luckiest evaluation of many"
+    goal = f"The whole of that best, {summary.words.score(average(target.score))}, is the luckiest evaluation of many"
     if target.ratio is None:
         steps = target.normalized_steps
         count = sum(value is not None for value in steps)
@@ -204,14 +211,15 @@ def _time(summary: Summary, ratio: Interval) -> str:
     return f"{text}, which makes {effect} training time."
 
 
-def _bounds(difference: Interval) -> str:
-    return "" if difference.low is None else f" ({span(difference)})"
+def _bounds(summary: Summary, difference: Interval) -> str:
+    return "" if difference.low is None else f" ({summary.words.span(difference)})"
 
 
-def _at_the_end(difference: Interval) -> str:
+def _at_the_end(summary: Summary) -> str:
+    difference = summary.final_difference
     if difference.low is None:
         return ""
-    return f" ({span(difference)})" if difference.excludes(0) else f": {NO_DIFFERENCE}"
+    return f" ({summary.words.span(difference)})" if difference.excludes(0) else f": {NO_DIFFERENCE}"
 
 
 def _losses(summary: Summary) -> str:

@@ -9,10 +9,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from batchnorm.comparison.data import load_data
+from batchnorm.comparison.datasets import load_data
 from batchnorm.comparison.networks import network
 from batchnorm.comparison.record import draw_batches, record_test, seeded
-from batchnorm.comparison.training import accuracy_on
+from batchnorm.comparison.tasks import task_named
+from batchnorm.comparison.training import score_on
 from batchnorm.explain._trace import Trace, trace
 from batchnorm.surgery import insert
 
@@ -88,9 +89,9 @@ def look_inside() -> Inside:
     data = load_data(DATA)
     batches = draw_batches(data, BATCH, STEPS, SEED, cpu)
     with seeded(SEED, cpu):
-        model = insert(network(NETWORK).build(tuple(data.x_train.shape[1:]), data.classes)).model
+        model = insert(network(NETWORK).build(tuple(data.x_train.shape[1:]), data.outputs)).model
     _train(model, batches)
-    accuracy = accuracy_on(model, record_test(data, cpu))
+    accuracy = score_on(model, record_test(data, cpu), task_named(data.task))
     layers = [(name, module) for name, module in model.named_modules() if isinstance(module, _BatchNorm)]
     place = len(layers) // 2
     name, layer = layers[place]
