@@ -68,15 +68,20 @@ $(PACKAGES): tests/no-deps.txt $(STAMP)
 	@touch $@
 
 .PHONY: test-all
-test-all: $(PACKAGES) browser ## every test that runs without a GPU
+test-all: $(PACKAGES) system ## every test that runs without a GPU
 	@$(PYTEST) -m 'not gpu'
 
-.PHONY: browser
-browser: # Chromium for the browser tests, where it can be installed; elsewhere they are skipped and say so
-	@if ! { command -v chromium && command -v chromedriver; } >/dev/null && command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ]; then \
-		echo "Installing Chromium"; \
+# Chromium for the browser tests and the images of Fashion-MNIST, where they can be installed; elsewhere the tests that
+# need them are skipped and say so.
+.PHONY: system
+system:
+	@missing=""; \
+	{ command -v chromium && command -v chromedriver; } >/dev/null || missing="chromium chromium-driver"; \
+	[ -d /usr/share/datasets/fashion-mnist ] || missing="$$missing dataset-fashion-mnist"; \
+	if [ -n "$$missing" ] && command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ]; then \
+		echo "Installing $$missing"; \
 		apt-get update -qq; \
-		DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends chromium chromium-driver >/dev/null; \
+		DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends $$missing >/dev/null; \
 	fi
 
 # It asks for nothing but torch and pytest, and collects only files that hold GPU tests, because the

@@ -1,6 +1,6 @@
 """`compare`: the sweep, and what is finished when it ends or is stopped."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -13,7 +13,7 @@ from batchnorm._files import Interrupts
 from batchnorm.comparison import measures
 from batchnorm.comparison.data import Data, Loaders
 from batchnorm.comparison.footing import Footing, measure_footing
-from batchnorm.comparison.notes import method
+from batchnorm.comparison.notes import dynamics_notes, method
 from batchnorm.comparison.pairs import Pair, copied, given, make_pair
 from batchnorm.comparison.plan import Plan, make_plan
 from batchnorm.comparison.progress import Progress, Silent
@@ -21,6 +21,7 @@ from batchnorm.comparison.record import Batch, Replay, record_test
 from batchnorm.comparison.result import Comparison, Setup
 from batchnorm.comparison.summary import final_score, summarize
 from batchnorm.comparison.training import MakeOptimizer, Run, train
+from batchnorm.comparison.watched import Watched
 
 __all__ = ["compare"]
 
@@ -39,6 +40,7 @@ class _Work:
         self.kept: dict[bool, tuple[nn.Module, Run]] = {}
         self.footing: Footing | None = None
         self.same_weights = False
+        self.watched: Watched = Watched()
 
     def note(self, run: Run) -> None:
         """Keep a finished training; it counts once its partner is finished too."""
@@ -58,6 +60,7 @@ def compare(
     batch_size: int | None = None,
     optimizer: str | MakeOptimizer = "sgd",
     device: str | torch.device = "auto",
+    dynamics: bool = True,
     progress: Progress | None = None,
 ) -> Comparison:
     """Train the same network with and without batch norm and measure what changes.
@@ -89,6 +92,8 @@ def compare(
         optimizer: "sgd", "momentum" (0.9), "adam", or a function (parameters, lr) -> optimizer.
         device: "cpu", "cuda", ...; "auto" takes a GPU for a model or loaders of your own where there is one, and the
             CPU, which is faster for small networks, for the built-in ones.
+        dynamics: train both networks of every seed once more, at the plain network's best learning rate, and watch the
+            distribution of a hidden layer's input, the internal covariate shift and the smoothness of the loss.
         progress: told what is going on; see `batchnorm.comparison.Progress`.
 
     Returns:
@@ -110,7 +115,7 @@ def compare(
     """
     # The caller may be in a block without gradients; training is not.
     with torch.inference_mode(False), torch.enable_grad():
-        plan = make_plan(make_model, data, task, lrs, seeds, steps, batch_size, optimizer, device)
+        plan = make_plan(make_model, data, task, lrs, seeds, steps, batch_size, optimizer, device, dynamics)
         measures.check_available()
         with _generators_of(plan.data), Interrupts() as interrupts:
             return _compared(plan, progress or Silent(), interrupts)
@@ -121,7 +126,11 @@ def _compared(plan: Plan, progress: Progress, interrupts: Interrupts) -> Compari
     test = record_test(plan.data, plan.device)
     threads = torch.get_num_threads()
     try:
-        progress.start(2 * len(plan.lrs) * plan.seeds, f"{plan.name} on {plan.data.name}", plan.task.name)
+        progress.start(
+            2 * (len(plan.lrs) + plan.dynamics) * plan.seeds,
+            f"{plan.name} on {plan.data.name}",
+            plan.task.name,
+        )
         for seed in range(plan.seeds):
             _train_seed(plan, seed, test, work, progress)
         interrupts.hold()
@@ -161,6 +170,8 @@ def _train_seed(plan: Plan, seed: int, test: list[Batch], work: _Work, progress:
     if seed == 0:
         work.footing = _footing(work, pair, replay, seed)
         work.kept.clear()
+    if plan.dynamics:
+        work.watched.add(plan, seed, pair, replay, test, work.runs, progress)
 
 
 def _footing(work: _Work, pair: Pair, replay: Replay, seed: int) -> Footing | None:
@@ -192,7 +203,7 @@ def _train_one(
     progress: Progress,
     work: _Work,
 ) -> Run:
-    label = f"{plan.name} {'with' if normalized else 'without'} batch norm"
+    label = f"{'with' if normalized else 'without'} batch norm"
     progress.run_started(label, normalized, lr, seed)
     run = train(
         model,
@@ -207,7 +218,7 @@ def _train_one(
         progress=progress,
     )
     work.note(run)  # before anything else can be interrupted
-    progress.run_finished(label, normalized, lr, seed, final_score(run, _guess(plan, test)), run.diverged)
+    progress.run_finished(label, normalized, lr, seed, final_score(run, plan.guess(test)), run.diverged)
     return run
 
 
@@ -216,7 +227,7 @@ def _better(run: Run, other: Run) -> bool:
 
 
 def _result(plan: Plan, work: _Work, test: list[Batch], interrupted: bool, threads: int) -> Comparison:
-    summary = summarize(work.runs, plan.task.name, _guess(plan, test), sum(len(y) for _, y in test))
+    summary = summarize(work.runs, plan.task.name, plan.guess(test), sum(len(y) for _, y in test))
     if work.pair is None:
         raise RuntimeError("a finished pair of trainings without its networks")
     setup = Setup(
@@ -237,8 +248,10 @@ def _result(plan: Plan, work: _Work, test: list[Batch], interrupted: bool, threa
         device=str(plan.device),
     )
     notes = method(setup, summary, plan.data, work.pair, work.dropped, work.footing, work.same_weights)
+    seen = work.watched.result()
+    notes += dynamics_notes(seen, work.watched.why_not)
     facts = _facts(plan.device, threads)
-    return Comparison(setup, tuple(work.runs), summary, work.footing, notes, interrupted, facts)
+    return Comparison(setup, tuple(work.runs), summary, work.footing, seen, notes, interrupted, facts)
 
 
 def _samples(data: Data | Loaders) -> tuple[int, int] | None:
@@ -249,11 +262,6 @@ def _targets(data: Data | Loaders, replay: Replay, test: list[Batch]) -> list[Te
     if isinstance(data, Data):
         return [data.y_train, data.y_test]
     return [*replay.y, *(part for _, part in test)]
-
-
-def _guess(plan: Plan, test: Sequence[Batch]) -> float:
-    """The score of the best answer that does not look at the input."""
-    return plan.task.guess(torch.cat([y for _, y in test]))
 
 
 def _small(pair: Pair, batch: Tensor) -> bool:

@@ -9,7 +9,16 @@ from batchnorm.comparison.training import Run
 from batchnorm.comparison.wording import Words
 from batchnorm.report.document import Figure
 
-__all__ = ["batch_statistics", "learning_rates", "loss_curves", "score_curves"]
+__all__ = [
+    "COLOURS",
+    "DASHES",
+    "NAMES",
+    "batch_statistics",
+    "layout",
+    "learning_rates",
+    "loss_curves",
+    "score_curves",
+]
 
 Trace = dict[str, Any]
 
@@ -43,7 +52,7 @@ def score_curves(summary: Summary, runs: Sequence[Run]) -> Figure:
         id="score",
         title=f"Test {w.metric} against training steps",
         data=data,
-        layout=_layout("training steps", f"test {w.metric}", {"tickformat": w.axis}),
+        layout=layout("training steps", f"test {w.metric}", {"tickformat": w.axis}),
         alt=f"The test {w.metric} of both networks. With batch norm it ends at {final[0]}, without at {final[1]}.",
         caption="Each network at the learning rate where its test score peaks highest, "
         + (
@@ -75,7 +84,7 @@ def loss_curves(summary: Summary, runs: Sequence[Run]) -> Figure:
         id="loss",
         title="Training loss against training steps",
         data=data,
-        layout=_layout(
+        layout=layout(
             "training steps", f"training loss ({summary.words.loss.removeprefix('in ')})", {"type": "log"}
         ),
         alt="Training losses of both networks on a logarithmic axis, each at its best learning rate.",
@@ -109,9 +118,7 @@ def learning_rates(summary: Summary) -> Figure:
         id="rates",
         title=f"Final test {w.metric} against learning rate",
         data=data,
-        layout=_layout(
-            "learning rate", f"final test {w.metric}", {"tickformat": w.axis}, _rate_axis(summary)
-        ),
+        layout=layout("learning rate", f"final test {w.metric}", {"tickformat": w.axis}, _rate_axis(summary)),
         alt=f"With batch norm: {_listed(summary.normalized, w)}. Without: {_listed(summary.plain, w)}.",
         caption=f"Mean over seeds. A diverged training counts as {w.guessing}.",
     )
@@ -135,7 +142,7 @@ def batch_statistics(found: Footing) -> Figure:
         id="batches",
         title="Every batch's mean and spread at one hidden layer",
         data=clouds,
-        layout=_layout("mean, less the average batch's (σ)", "spread, less the average batch's (σ)"),
+        layout=layout("mean, less the average batch's (σ)", "spread, less the average batch's (σ)"),
         alt=(
             f"Before normalization the batches scatter around the average by {found.before.mean:.3f} σ in the mean and "
             f"{found.before.spread:.3f} σ in the spread, after it by {found.after.mean:.3f} σ and "
@@ -197,9 +204,10 @@ def _cloud(side: Side, name: str, colour: str, symbol: str) -> Trace:
     }
 
 
-def _layout(
+def layout(
     x: str, y: str, yaxis: dict[str, Any] | None = None, xaxis: dict[str, Any] | None = None
 ) -> dict[str, Any]:
+    """Axes with titles, and the legend above."""
     return {
         "xaxis": {"title": {"text": x}, **(xaxis or {})},
         "yaxis": {"title": {"text": y}, **(yaxis or {})},

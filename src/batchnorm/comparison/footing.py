@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from batchnorm.comparison.measures import Spread, batch_spread, rms
 from batchnorm.comparison.record import Replay, seeded
 
-__all__ = ["Footing", "Side", "measure_footing"]
+__all__ = ["Footing", "How", "Side", "called_norms", "measure_footing", "place_without"]
 
 MAX_BATCHES = 100
 SHOWN_CHANNELS = 12
@@ -95,7 +95,7 @@ def measure_footing(
     copied.train()
     replayed = list(islice(batches, min(batches.epoch, MAX_BATCHES)))
     with seeded(seed, batches.device), torch.no_grad():
-        called = _called(copied, replayed[0][0])
+        called = called_norms(copied, replayed[0][0])
         if not called:
             return None
         name = called[len(called) // 2]
@@ -131,13 +131,18 @@ def measure_footing(
     )
 
 
-def _without(plain: nn.Module, how: How, name: str, inputs: list[Tensor]) -> Spread | None:
-    """The same statistics in the network without batch norm: what would enter the batch norm called `name`.
+def place_without(how: How, name: str) -> tuple[str, Literal["input", "output"]]:
+    """Where the network without batch norm has what would enter the batch norm called `name`: path and side.
 
     `insert` puts the layer before it and the batch norm into one container, so its parent's name is that layer's;
     `remove` leaves another module in its place.
     """
-    path = name.rpartition(".")[0] if how == "insert" else name
+    return (name.rpartition(".")[0], "output") if how == "insert" else (name, "input")
+
+
+def _without(plain: nn.Module, how: How, name: str, inputs: list[Tensor]) -> Spread | None:
+    """The same statistics in the network without batch norm."""
+    path, side = place_without(how, name)
     copied = copy.deepcopy(plain)
     copied.train()
     try:
@@ -145,10 +150,10 @@ def _without(plain: nn.Module, how: How, name: str, inputs: list[Tensor]) -> Spr
     except AttributeError:
         return None
     seen = _observe(copied, layer, inputs)
-    return _spread([item[1 if how == "insert" else 0] for item in seen]) if len(seen) > 1 else None
+    return _spread([item[side == "output"] for item in seen]) if len(seen) > 1 else None
 
 
-def _called(model: nn.Module, x: Tensor) -> list[str]:
+def called_norms(model: nn.Module, x: Tensor) -> list[str]:
     """The paths of the batch norms that one forward pass calls, in the order of the calls."""
     called: list[str] = []
 

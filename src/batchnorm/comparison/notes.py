@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from batchnorm.comparison.claims import all_diverged, untrained
 from batchnorm.comparison.data import Data, Loaders
+from batchnorm.comparison.dynamics import SAMPLES, STEP_LENGTHS, Dynamics
 from batchnorm.comparison.footing import Footing
 from batchnorm.comparison.pairs import Pair
 from batchnorm.comparison.summary import JUDGED, Summary
@@ -13,7 +14,7 @@ from batchnorm.comparison.tasks import task_named
 if TYPE_CHECKING:
     from batchnorm.comparison.result import Setup
 
-__all__ = ["CAUTION", "method"]
+__all__ = ["CAUTION", "dynamics_notes", "method"]
 
 CAUTION = "Caution: "  # what a reader must know before the figures; it stands beside the verdicts
 
@@ -36,6 +37,33 @@ def method(
     notes += _warnings(setup, summary, dropped, same_weights)
     notes += _scaling_warning(data, footing)
     return (*notes, *pair.notes)
+
+
+def dynamics_notes(dynamics: Dynamics | None, why_not: str) -> tuple[str, ...]:
+    """How the networks were watched, or why they were not."""
+    if dynamics is None:
+        return (f"What happens during training was not measured: {why_not}.",) if why_not else ()
+    layers = (
+        f"{len(dynamics.layers)} weighted layers ({', '.join(dynamics.layers)})"
+        if dynamics.layers
+        else "no layer"
+    )
+    probes = len(dynamics.courses[0].points)
+    lengths = ", ".join(f"{length:g}" for length in STEP_LENGTHS)
+    return (
+        f"During training: both networks of every seed were trained once more at the learning rate {dynamics.lr:g}, at "
+        "which the first seed's plain network scored best, on the same batches. The distribution is that of "
+        f"{dynamics.place}, in train mode, for the same {SAMPLES} test samples (or all, if there are fewer) at every "
+        "evaluation; without batch norm that of the same place. The figure shows the channel whose drift is the middle "
+        "one. Drift is the root mean square of the median's moves from one evaluation to the next, in units of half "
+        "the distance between the 15th and the 85th percentile.",
+        f"Internal covariate shift is ‖G − G′‖: for {layers} the gradient of the weights on a training batch before a "
+        "step, G, and the same with all layers before this one already updated, G′ (Santurkar, Tsipras, Ilyas, Madry: "
+        "How Does Batch Normalization Help Optimization?, 2018, definition 2.1). Smoothness: loss and gradient on the "
+        f"batch at {lengths} times the learning rate along the negative gradient (their figure 4), whatever the "
+        f"optimizer does. Both at {probes} steps, half of them in the first quarter of the training; of layers and "
+        "steps the median counts, and seeds are compared in pairs.",
+    )
 
 
 def _network(setup: "Setup") -> str:

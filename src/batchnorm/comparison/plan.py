@@ -2,7 +2,7 @@
 
 import math
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import nn
 from batchnorm._errors import InputError, InputTypeError, message
 from batchnorm.comparison.data import Data, Loaders
 from batchnorm.comparison.networks import RELU_RATES, network
-from batchnorm.comparison.record import Replay, draw_batches, record_loader
+from batchnorm.comparison.record import Batch, Replay, draw_batches, record_loader
 from batchnorm.comparison.resolve import resolve_data
 from batchnorm.comparison.tasks import Task, task_named
 from batchnorm.comparison.training import MakeOptimizer, optimizer_maker
@@ -42,6 +42,7 @@ class Plan:
     optimizer: str
     make_optimizer: MakeOptimizer
     device: torch.device
+    dynamics: bool
 
     def batches(self, seed: int) -> Replay:
         """The batches of a seed."""
@@ -54,6 +55,10 @@ class Plan:
     def task(self) -> Task:
         """What is learned."""
         return task_named(self.data.task)
+
+    def guess(self, test: Sequence[Batch]) -> float:
+        """The score of the best answer that does not look at the input."""
+        return self.task.guess(torch.cat([y for _, y in test]))
 
     @property
     def every(self) -> int:
@@ -71,6 +76,7 @@ def make_plan(
     batch_size: int | None,
     optimizer: str | MakeOptimizer,
     device: str | torch.device,
+    dynamics: bool,
 ) -> Plan:
     """Check the arguments of `batchnorm.compare`, which says what they are and what they raise."""
     seeds = _count("seeds", seeds)
@@ -89,7 +95,9 @@ def make_plan(
         name = getattr(make_model, "__name__", type(make_model).__name__)
         name = "the given model" if name == "<lambda>" else name
         describe, factory = "a model of the user's", make_model  # type: ignore[assignment]  # checked when called
-    return Plan(name, describe, factory, resolved, rates, seeds, steps, size, kind, maker, chosen)
+    return Plan(
+        name, describe, factory, resolved, rates, seeds, steps, size, kind, maker, chosen, bool(dynamics)
+    )
 
 
 def _built_in_factory(name: Any, data: Data | Loaders) -> Callable[[], nn.Module]:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
+from batchnorm.comparison.dynamics import Dynamics
 from batchnorm.comparison.footing import Footing
 from batchnorm.comparison.story import tell
 from batchnorm.comparison.summary import Summary
@@ -63,6 +64,7 @@ class Comparison(Reported):
         runs: every finished pair of trainings, curves included.
         summary: the numbers that the verdicts rest on.
         footing: batch statistics at a hidden layer; None when interrupted before, or when nothing could be measured.
+        dynamics: what happened during training; None when it was not asked for or could not be watched.
         notes: method and caveats, in plain sentences.
         interrupted: the work was stopped; everything here is from the pairs finished by then.
         facts: versions and machine.
@@ -83,6 +85,7 @@ class Comparison(Reported):
     runs: tuple[Run, ...]
     summary: Summary
     footing: Footing | None
+    dynamics: Dynamics | None
     notes: tuple[str, ...]
     interrupted: bool = False
     facts: Mapping[str, str] = field(default_factory=dict, compare=False)
@@ -116,6 +119,7 @@ class Comparison(Reported):
             "setup": asdict(self.setup),
             "summary": asdict(self.summary),
             "footing": None if self.footing is None else asdict(self.footing),
+            "dynamics": None if self.dynamics is None else asdict(self.dynamics),
             "runs": [asdict(run) for run in self.runs],
             "notes": list(self.notes),
             "facts": dict(self.facts),

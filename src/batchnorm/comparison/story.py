@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from batchnorm.comparison.dynamics_report import training_section
 from batchnorm.comparison.figures import batch_statistics, learning_rates, loss_curves, score_curves
 from batchnorm.comparison.measures import Interval
 from batchnorm.comparison.notes import CAUTION
@@ -43,6 +44,8 @@ def tell(result: "Comparison") -> Document:
     ]
     if result.footing is not None:
         sections.append(Section("Every batch on the same footing", [batch_statistics(result.footing)]))
+    if result.dynamics is not None:
+        sections.append(training_section(result.dynamics))
     sections.append(Section("Training loss", [loss_curves(summary, result.runs)], folded=True))
     sections.append(Section("How it was done", [Paragraph(note, small=True) for note in method]))
     return Document(

@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,9 @@ from batchnorm.comparison.pairs import raised, scores
 from batchnorm.comparison.progress import Progress
 from batchnorm.comparison.record import Batch, Replay, seeded
 from batchnorm.comparison.tasks import Task
+
+if TYPE_CHECKING:
+    from batchnorm.comparison.dynamics import Watch
 
 __all__ = ["OPTIMIZERS", "MakeOptimizer", "Run", "optimizer_maker", "score_on", "train"]
 
@@ -98,8 +102,12 @@ def train(
     every: int,
     make_optimizer: MakeOptimizer,
     progress: Progress,
+    watch: "Watch | None" = None,
 ) -> Run:
-    """Train `model` in place on the batches, one step each, and evaluate it every `every` steps and at the end."""
+    """Train `model` in place on the batches, one step each, and evaluate it every `every` steps and at the end.
+
+    `watch` may look on; what it does takes no part in the training, and its time is not counted.
+    """
     device = batches.device
     with seeded(seed, device), torch.enable_grad():
         optimizer = _made(make_optimizer, [p for p in model.parameters() if p.requires_grad], lr)
@@ -107,19 +115,27 @@ def train(
         model.train()
         recent: list[float] = []
         seconds, diverged, step = 0.0, False, 0
+        if watch is not None:
+            watch.evaluated(0, model)
         for step, (x, y) in enumerate(batches, start=1):
+            if watch is not None:
+                watch.before(step, model)
             begin = time.perf_counter()
             loss = _step(model, optimizer, x, y, task)
             seconds += time.perf_counter() - begin
             if not math.isfinite(loss):
                 diverged = True
                 break
+            if watch is not None:
+                watch.after(step, model, x, y)
             recent.append(loss)
             if step % every == 0 or step == len(batches):
                 steps.append(step)
                 scored.append(score_on(model, test, task))
                 losses.append(sum(recent) / len(recent))
                 recent.clear()
+                if watch is not None:
+                    watch.evaluated(step, model)
                 progress.step(step, len(batches), losses[-1], scored[-1])
     return Run(normalized, lr, seed, tuple(steps), tuple(scored), tuple(losses), diverged, step, seconds)
 
