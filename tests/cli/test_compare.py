@@ -101,8 +101,9 @@ def files(folder: Path) -> list[str]:
 
 
 def test_the_options_reach_the_library(run: Run, recorder: Recorder) -> None:
-    options = "--network cnn --data mnist5k --task classification --lr 0.1 --lr 1 --seeds 2 --steps 7 --batch-size 9"
-    assert run("compare", *options.split(), "--optimizer", "adam", "--device", "cpu").exit_code == 0
+    options = "--network cnn --data mnist5k --task classification --lr 0.1 --lr 1 --seeds 2 --steps 7"
+    more = "--batch-size 9 --optimizer adam --device cpu --no-dynamics"
+    assert run("compare", *options.split(), *more.split()).exit_code == 0
     (call,) = recorder.calls
     assert call.pop("progress") is not None
     assert call == {
@@ -115,6 +116,7 @@ def test_the_options_reach_the_library(run: Run, recorder: Recorder) -> None:
         "batch_size": 9,
         "optimizer": "adam",
         "device": "cpu",
+        "dynamics": False,
     }
 
 
@@ -276,7 +278,7 @@ def test_an_error_is_not_taken_for_markup(run: Run, recorder: Recorder) -> None:
 def test_a_real_comparison_of_ones_own_network(run: Run, tmp_path: Path) -> None:
     result = run("compare", *OWN, "--steps", "4", "--seeds", "2", "--json", "r.json", "--out", "r.html")
     assert result.exit_code == 0
-    assert "[4/4]" in result.stderr
+    assert "[8/8]" in result.stderr
     assert "make_net" in result.stdout
     content = json.loads((tmp_path / "r.json").read_text())
     assert content["kind"] == "comparison"

@@ -88,7 +88,7 @@ def test_json_has_the_documented_shape_and_the_numbers_of_the_runs(result: Compa
     assert (found["kind"], found["schema_version"]) == ("comparison", 2)
     assert set(found) == {
         *("kind", "schema_version", "verdict", "verdicts", "interrupted", "setup"),
-        *("summary", "footing", "runs", "notes", "facts"),
+        *("summary", "footing", "dynamics", "runs", "notes", "facts"),
     }
     assert set(found["setup"]) == {
         *("model", "task", "data", "describe", "samples", "how", "layers", "parameters", "optimizer"),
@@ -185,7 +185,7 @@ def test_the_best_rate_at_the_edge_is_said(data: Arrays) -> None:
     assert "is the highest rate tried" in verdict.text
 
 
-@pytest.mark.parametrize(("after", "pairs"), [(2, 1), (3, 1), (6, 3)])
+@pytest.mark.parametrize(("after", "pairs"), [(2, 1), (3, 1), (5, 2), (6, 2), (8, 3)])
 def test_ctrl_c_keeps_what_is_finished(data: Arrays, after: int, pairs: int) -> None:
     progress = Stop(after)
     found = small(data, progress=progress)
@@ -228,7 +228,14 @@ def test_progress_is_told_everything(data: Arrays) -> None:
     record = Record()
     small(data, lrs=[0.1], seeds=1, steps=2, progress=record)
     assert record.calls == [
-        ("start", (2, "deep-mlp on data")),
+        ("start", (4, "deep-mlp on data")),
+        ("run", (False, 0.1, 0)),
+        ("step", (1, 2)),
+        ("step", (2, 2)),
+        ("run", (True, 0.1, 0)),
+        ("step", (1, 2)),
+        ("step", (2, 2)),
+        # and once more, watched
         ("run", (False, 0.1, 0)),
         ("step", (1, 2)),
         ("step", (2, 2)),
@@ -237,6 +244,9 @@ def test_progress_is_told_everything(data: Arrays) -> None:
         ("step", (2, 2)),
         ("finish", None),
     ]
+    quiet = Record()
+    small(data, lrs=[0.1], seeds=1, steps=2, progress=quiet, dynamics=False)
+    assert quiet.calls == [("start", (2, "deep-mlp on data")), *record.calls[1:7], ("finish", None)]
 
 
 def test_a_model_with_batch_norm_is_compared_with_itself_without(data: Arrays) -> None:
@@ -262,7 +272,7 @@ def test_shared_weights_start_equal(data: Arrays) -> None:
         seen.append([value.detach().clone() for value in values if value.dim() == 2])
         return torch.optim.SGD(values, lr=lr)
 
-    small(data, plain_model, lrs=[0.01, 0.1], seeds=2, steps=1, optimizer=optimizer)
+    small(data, plain_model, lrs=[0.01, 0.1], seeds=2, steps=1, optimizer=optimizer, dynamics=False)
     assert [len(weights) for weights in seen] == [3] * 8
     for start in (0, 4):
         for other in seen[start + 1 : start + 4]:
@@ -320,6 +330,7 @@ def test_loaders_are_recorded_once_a_seed_and_replayed(data: Arrays) -> None:
         steps=8,
         batch_size=None,
         progress=Watch(),
+        dynamics=False,
     )
     assert train.passes == 4  # five batches a pass, eight steps, two seeds
     assert found.setup.batch_size is None
@@ -349,7 +360,9 @@ def test_document_has_verdicts_and_curves_on_its_first_screen(result: Comparison
     figures = [
         block for section in document.sections for block in section.blocks if isinstance(block, Figure)
     ]
-    assert [figure.id for figure in figures] == ["score", "rates", "batches", "loss"]
+    assert [figure.id for figure in figures] == [
+        *("score", "rates", "batches", "distribution", "shift", "landscape", "smoothness", "loss")
+    ]
     assert len({figure.id for figure in figures}) == len(figures)
     curve = next(
         trace for trace in figures[0].data if str(trace.get("name", "")).startswith("with batch norm")
@@ -370,7 +383,7 @@ def test_tables_have_as_many_cells_as_columns(result: Comparison) -> None:
         for block in section.blocks
         if isinstance(block, Table)
     ]
-    assert len(tables) == 3
+    assert len(tables) == 4
     for table in tables:
         assert {len(row) for row in table.rows} == {len(table.columns)}
 

@@ -174,7 +174,7 @@ def test_cautions_stand_beside_the_verdicts_and_the_method_at_the_end() -> None:
     notes = noted(Loaders([], []))
     cautions = [note for note in notes if note.startswith(CAUTION)]
     assert any("still improving near the end" in note for note in cautions)
-    document = Comparison(SETUP, tuple(runs()), summary, None, notes).document()
+    document = Comparison(SETUP, tuple(runs()), summary, None, None, notes).document()
     first = document.sections[0].blocks
     assert [type(block) for block in first] == [Verdict] * 3 + [Paragraph] * len(cautions) + [
         Figure,
@@ -191,7 +191,7 @@ def test_cautions_stand_beside_the_verdicts_and_the_method_at_the_end() -> None:
 
 def test_the_accuracy_table_has_the_training_losses() -> None:
     document = Comparison(
-        SETUP, tuple(runs()), summarize(runs(), "classification", 0.1, 100), None, ()
+        SETUP, tuple(runs()), summarize(runs(), "classification", 0.1, 100), None, None, ()
     ).document()
     table = next(section.blocks[0] for section in document.sections if section.title == "Accuracy")
     assert isinstance(table, Table)

@@ -113,6 +113,13 @@ def command(
     ] = None,
     optimizer: Annotated[Optimizer, typer.Option(help="Optimizer.")] = Optimizer.SGD,
     device: Annotated[str, typer.Option(metavar="NAME", help="auto, cpu, cuda, cuda:1, mps, ...")] = "auto",
+    dynamics: Annotated[
+        bool,
+        typer.Option(
+            "--dynamics/--no-dynamics",
+            help="Train both networks of every seed once more and watch drift, covariate shift and smoothness.",
+        ),
+    ] = True,
     out: Annotated[Path, typer.Option(metavar="FILE", help="The report, one HTML file.")] = Path(
         "batchnorm-report.html"
     ),
@@ -140,6 +147,7 @@ def command(
             batch_size=batch_size,
             optimizer=optimizer.value,
             device=device,
+            dynamics=dynamics,
         )
         # Hours of work are in memory alone: from here on Ctrl-C waits until they are written.
         interrupts.hold()

@@ -11,6 +11,7 @@ from batchnorm.comparison.distribution import Percentiles, Side, drift, typical
 from batchnorm.comparison.footing import How, called_norms, place_without
 from batchnorm.comparison.gradients import Group, Shift, Smoothness, covariate_shift, layers_of, smoothness
 from batchnorm.comparison.measures import Interval, ratio_interval, t_interval
+from batchnorm.comparison.pairs import given
 from batchnorm.comparison.tasks import Task
 
 __all__ = [
@@ -179,7 +180,7 @@ class Place:
 
 def place_of(normalized: nn.Module, how: How, x: Tensor) -> tuple[Place, Place] | None:
     """The output of the middle batch norm, without and with batch norm; None where no batch norm is called."""
-    called = called_norms(normalized, x)
+    called = called_norms(normalized, given(normalized, x))
     if not called:
         return None
     path = called[len(called) // 2]

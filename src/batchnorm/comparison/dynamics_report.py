@@ -8,10 +8,11 @@ from typing import Any
 
 from batchnorm.comparison.dynamics import STEP_LENGTHS, Compared, Course, Dynamics, Point
 from batchnorm.comparison.figures import COLOURS, DASHES, NAMES, layout
+from batchnorm.comparison.measures import Interval
 from batchnorm.comparison.wording import NO_DIFFERENCE
 from batchnorm.report.document import Block, Figure, Paragraph, Section, Table
 
-__all__ = ["training_section"]
+__all__ = ["ROWS", "changed", "middle", "number", "training_section"]
 
 ROWS = {
     "drift": "drift of the distribution (half widths an evaluation)",
@@ -42,9 +43,9 @@ def _drift(found: Dynamics) -> str:
     if not _known(item):
         return f"{question} It could not be seen at this place."
     return (
-        f"{question} From one evaluation to the next its median moves by {_pair(item)} (in half widths of the distribution): "
-        f"{_change(item)}. In part that is so by construction, as batch norm sets mean and spread and training moves "
-        "only its weight and bias."
+        f"{question} From one evaluation to the next its median moves by {_pair(item)} (in half widths of "
+        f"the distribution): {_change(item)}. In part that is so by construction, as batch norm sets mean and spread "
+        "and training moves only its weight and bias."
     )
 
 
@@ -65,14 +66,15 @@ def _smooth(found: Dynamics) -> str:
     loss, change, beta = (found.measure(name) for name in ("variation", "change", "beta"))
     return (
         f"Is the loss smoother along the gradient? At {STEP_LENGTHS[0]:g} to {STEP_LENGTHS[-1]:g} times the learning "
-        f"rate the loss varies by {_pair(loss)}: {_change(loss)}. The gradient changes, in units of its own size, by {_pair(change)}: "
-        f"{_change(change)}. Divided by the distance that is the β-smoothness, {_pair(beta)}: {_change(beta)}."
+        f"rate the loss varies by {_pair(loss)}: {_change(loss)}. The gradient changes, in units of its own "
+        f"size, by {_pair(change)}: {_change(change)}. Divided by "
+        f"the distance that is the β-smoothness, {_pair(beta)}: {_change(beta)}."
     )
 
 
 def _table(found: Dynamics) -> Table:
     rows = [
-        [ROWS[item.name], _number(_middle(item.normalized)), _number(_middle(item.plain)), _change(item)]
+        [ROWS[item.name], number(middle(item.normalized)), number(middle(item.plain)), _change(item)]
         for item in found.compared
     ]
     seeds = len(found.courses) // 2
@@ -94,18 +96,19 @@ def _known(item: Compared) -> bool:
 
 
 def _pair(item: Compared) -> str:
-    with_, without = (_number(_middle(values)) for values in (item.normalized, item.plain))
+    with_, without = (number(middle(values)) for values in (item.normalized, item.plain))
     return f"{with_} with batch norm and {without} without"
 
 
-def _middle(values: Sequence[float]) -> float:
+def middle(values: Sequence[float]) -> float:
     """The geometric mean, or the plain one where a value is not positive."""
     if min(values) > 0:
         return math.exp(sum(map(math.log, values)) / len(values))
     return sum(values) / len(values)
 
 
-def _number(value: float) -> str:
+def number(value: float) -> str:
+    """Two digits that count."""
     if math.isnan(value):
         return "–"
     if math.isinf(value):
@@ -114,11 +117,14 @@ def _number(value: float) -> str:
 
 
 def _change(item: Compared) -> str:
-    """How the network with batch norm differs, "5.5× less (3.1 to 9.8)", where that is more than chance."""
-    change = item.change
+    return changed(item.change, item.scale)
+
+
+def changed(change: Interval | None, scale: str) -> str:
+    """How the network with batch norm differs, "5.5× less (3.1 to 9.8×)", where that is more than chance."""
     if change is None:
         return "not comparable"
-    if item.scale == "difference":
+    if scale == "difference":
         size = f"{change.mean:+.2f}".replace("-", "−")
         if change.low is None or change.high is None:
             return f"{size} in one seed"

@@ -36,12 +36,9 @@ class Watched:
         progress: Progress,
     ) -> None:
         """Train both networks of a seed once more and watch them."""
-        if self._lr is None and not self.why_not:
-            self._lr = _plain_best(plan, runs, test)
-            if self._lr is None:
-                self.why_not = "without batch norm the network trains at none of these learning rates"
-        if self.why_not or self._lr is None:
+        if self.why_not:
             return
+        self._lr = self._lr or _plain_best(runs)
         try:
             self.courses += self._watch(plan, seed, pair, replay, test, self._lr, progress)
         except Exception as error:
@@ -107,8 +104,7 @@ def _train(
     progress.run_finished(label, normalized, lr, seed, final_score(run, plan.guess(test)), run.diverged)
 
 
-def _plain_best(plan: Plan, runs: Sequence[Run], test: Sequence[Batch]) -> float | None:
-    """The rate at which the plain network scores best; None where it never does clearly better than guessing."""
-    clear = plan.task.clear(plan.guess(test), sum(len(y) for _, y in test))
-    plain = [run for run in runs if not run.normalized and not run.diverged and max(run.score) > clear]
-    return max(plain, key=lambda run: max(run.score)).lr if plain else None
+def _plain_best(runs: Sequence[Run]) -> float:
+    """The rate at which the plain network scores best; one at which it diverges only where it does so at all."""
+    plain = [run for run in runs if not run.normalized]
+    return max(plain, key=lambda run: (not run.diverged, max(run.score))).lr
