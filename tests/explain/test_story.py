@@ -1,6 +1,7 @@
 """The story's numbers: what it claims holds, computed by the library."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -137,6 +138,15 @@ def test_inside_a_network_the_steps_are_the_layers() -> None:
     )
     assert min(inside.companies) < inside.alone < max(inside.companies)
     assert len(set(inside.companies)) > 30
+
+
+def test_the_networks_numbers_are_short_and_its_words_true_in_a_kept_file() -> None:
+    blocks = [*chapters.chapter(6).blocks, *chapters.chapter(7).blocks]
+    words = " ".join(str(getattr(block, "text", "")) + str(getattr(block, "numbers", "")) for block in blocks)
+    assert "just now" not in words
+    assert "When this text was made, it was trained for 150 steps" in words
+    assert not re.search(r"\d\.0*[1-9]\d{4}", words)
+    assert "trained when this page was made" in look_inside().facts()["network"]
 
 
 def test_the_whole_document_says_what_it_must() -> None:

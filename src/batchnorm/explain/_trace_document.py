@@ -1,5 +1,6 @@
 """A trace as a document: each step with its formula, its numbers and its picture."""
 
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -48,13 +49,15 @@ def tell(trace: Trace) -> Document:
     return Document("Batch norm in four steps", _verdict(trace), sections, facts=_facts(trace))
 
 
-def formulas(trace: Trace, index: int, prefix: str = "") -> tuple[Formula, Formula, Formula, Formula]:
+def formulas(
+    trace: Trace, index: int, prefix: str = "", digits: int = 6
+) -> tuple[Formula, Formula, Formula, Formula]:
     """The four formulas with the numbers of one channel."""
     x = trace.channel(trace.x, index)
     first = (trace.channel(trace.xhat, index)[0], trace.channel(trace.y, index)[0])
     results = (trace.mean[index].item(), trace.var[index].item(), *first)
     constants = (trace.eps, trace.weight[index].item(), trace.bias[index].item())
-    return worked(x, results, constants, number, prefix)
+    return worked(x, results, constants, partial(number, digits=digits), prefix)
 
 
 def _verdict(trace: Trace) -> str:
