@@ -111,7 +111,7 @@ def test_each_step_draws_what_it_is_about() -> None:
         with console.capture() as drawn:
             console.print(terminal.render_section(section))
         bars.append(next(line.split()[2] for line in drawn.get().splitlines() if "█" in line))
-        assert "left to right: place in the batch 1 to 3" in drawn.get()
+        assert "left to right, place in the batch: 1 to 3" in drawn.get()
     assert bars == ["▁▂█", "▂▁█"]  # the values, and their squared distances from the mean
     squares, level = (
         trace["y"]

@@ -71,6 +71,17 @@ def test_without_heat_nothing_is_said_of_what_heat_does(word: str) -> None:
     assert not any(word in say(name, cold()) for name in TEXTS)
 
 
+def test_sigma_is_smallest_in_the_middle_wherever_that_is_said() -> None:
+    said = 0
+    for settings in (*ALL, Settings(runners=8, trend=0.1), Settings(runners=8, trend=0.1, difference=25)):
+        found = season(settings)
+        if "smallest in the middle" in say("variance-caption", found):
+            first, middle, last = (part.mean() for part in found.var.sqrt().tensor_split(3))
+            assert middle < min(first, last), settings
+            said += 1
+    assert said > 10
+
+
 def test_two_runners_are_plus_and_minus_one() -> None:
     found = season(Settings(runners=2))
     assert "With two runners that is −1 and +1" in say("normalize", found)

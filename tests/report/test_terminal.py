@@ -90,7 +90,7 @@ def test_curves_of_one_axis_share_a_scale() -> None:
     text = drawn(Document("T", "V", [Section("S", [Figure("f", "F", data, {}, alt="a")])]))
     assert re.search(r"low +▁▂▃  2 at 2", text)
     assert re.search(r"high +▆▇█  8 at 2", text)
-    assert "▁ 0, █ 8; left to right: place 0 to 2" in text
+    assert "▁ 0, █ 8; left to right, place: 0 to 2" in text
 
 
 def test_bars_say_what_lies_at_their_ends() -> None:
@@ -105,8 +105,8 @@ def test_bars_say_what_lies_at_their_ends() -> None:
         "xaxis2": {"title": {"text": "step"}},
     }
     text = drawn(Document("T", "V", [Section("S", [Figure("f", "F", data, layout, alt="a")])]))
-    assert "time, s: ▁ −1, █ 1; left to right: day 1 to 3" in text
-    assert "▁ 5, █ 7; left to right: from the first step to the last" in text
+    assert "time, s: ▁ −1, █ 1; left to right, day: 1 to 3" in text
+    assert "▁ 5, █ 7; left to right, step: from the first to the last" in text
 
 
 def test_bands_and_scattered_points_get_no_bars(document: Document) -> None:

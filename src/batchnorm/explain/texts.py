@@ -55,7 +55,7 @@ TEXTS: Mapping[str, Sequence[Sequence[Said]]] = {
                 {"spread_low": _ONE, "gain": (0.3, 2)},
             ),
             Said(
-                "Batch norm takes each day's mean and spread away, which helps only a little here.",
+                "Batch norm takes each day's mean and spread away, which helps a little here.",
                 {"spread_low": _ONE, "gain": (0.005, 2)},
             ),
             Said(
@@ -86,8 +86,8 @@ TEXTS: Mapping[str, Sequence[Sequence[Said]]] = {
     ),
     "missing": (
         (
-            Said("Above 0 there is a correlation.", {"trend": _ZERO}),
-            Said("Above 0 there is a correlation.", {"gamma": _ZERO}),
+            Said("Move the fitness trend above 0 to see one.", {"trend": _ZERO}),
+            Said("Move γ above 0 to see one.", {"gamma": _ZERO}),
             Said("What is missing to 1: a runner's good and bad days;", {"runners": _ALL}),
             Said("What is missing to 1: a runner's good and bad days; the chance of who came that day;"),
         ),

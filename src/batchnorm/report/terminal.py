@@ -254,9 +254,9 @@ def _legend(
     low, high = (f"{value:.3g}".replace("-", "−") for value in limits)
     scale = f"{what}: ▁ {low}, █ {high}" if what else f"▁ {low}, █ {high}"
     if len(ends) > 1:
-        return f"{scale}; left to right: from the first {along} to the last"
+        return f"{scale}; left to right, {along}: from the first to the last"
     ((first, last),) = ends
-    return f"{scale}; left to right: {along} {first} to {last}"
+    return f"{scale}; left to right, {along}: {first} to {last}"
 
 
 def _title(layout: Mapping[str, Any], axis: str) -> str:
