@@ -43,6 +43,13 @@ def test_help_names_every_step(run: Run) -> None:
     assert str(batchnorm.cli.explain._LAST) == str(len(CHAPTERS) - 1)
 
 
+def test_help_speaks_of_no_rules_while_there_are_none(run: Run) -> None:
+    text = run("explain", "--help").stdout
+    assert "Usage: batchnorm explain [OPTIONS]\n" in text
+    assert "CODE" not in text
+    assert "got 'BN001', expected options alone" in only_error(run("explain", "BN001", "--step", "1"))
+
+
 def test_values_are_traced(run: Run) -> None:
     result = run("explain", "--values", "81, 84;93")
     assert result.exit_code == 0

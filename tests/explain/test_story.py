@@ -1,6 +1,7 @@
 """The story's numbers: what it claims holds, computed by the library."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,20 @@ from batchnorm.explain import chapters
 from batchnorm.explain.limits import BETWEEN_DAYS, BIKESHARE, SEEDS
 from batchnorm.explain.network import look_inside
 from batchnorm.explain.page import story_json
-from batchnorm.explain.questions import questions
-from batchnorm.explain.runners import DAYS, RUNNERS, Season, Settings, draws, season
-from batchnorm.report.document import Document, Figure, Formula, Question, Slider, Table
+from batchnorm.explain.questions import asked, questions, without_heat
+from batchnorm.explain.runners import (
+    DAYS,
+    LINE_FROM,
+    RUNNERS,
+    WIDENING,
+    Settings,
+    draws,
+    extremes,
+    season,
+    visible,
+)
+from batchnorm.explain.words import as_text
+from batchnorm.report.document import Document, Figure, Formula, Paragraph, Question, Slider, Table
 
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "bikeshare.json"
 
@@ -21,15 +33,6 @@ RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "bike
 def known(value: float | None) -> float:
     assert value is not None
     return value
-
-
-def asked(question: Question) -> Season:
-    """The season at a question's settings, which are on the sliders' own scales."""
-    values = dict(question.settings)
-    if "eps" in values:
-        values["eps"] = 10 ** values["eps"]
-    runners = int(values.pop("runners", Settings().runners))
-    return season(Settings(runners=runners, **values))
 
 
 def test_form_is_hidden_before_and_plain_after() -> None:
@@ -77,7 +80,7 @@ def test_settings_outside_are_refused(wrong: dict[str, float]) -> None:
 
 
 def test_the_questions_come_out_as_they_say() -> None:
-    cool, heat, pair, eps, scale, weather = (asked(question) for question in questions())
+    cool, heat, pair, eps, scale, weather = (asked(question.id) for question in questions())
     usual = season()
     assert known(cool.before) > 0.9
     assert known(cool.after) < known(cool.before)
@@ -91,6 +94,61 @@ def test_the_questions_come_out_as_they_say() -> None:
     torch.testing.assert_close(
         weather.xhat.square().mean(1), torch.ones(DAYS, dtype=torch.float64), rtol=1e-4, atol=0
     )
+
+
+def test_the_answers_name_the_numbers_they_rest_on() -> None:
+    why = {question.id: question.why for question in questions()}
+    usual = season()
+    assert f"{asked('cool').before:.2f} instead of {usual.before:.2f}" in why["cool"]
+    assert (asked("heat").xhat - usual.xhat).abs().max() < 1e-4
+    assert f"from {usual.after:.2f} to {asked('pair').after:.2f}" in why["pair"]
+    assert f"from {usual.after:.2f} to {asked('eps').after:.2f}" in why["eps"]
+    assert f"it would be {without_heat(usual):.2f}" in why["eps"]
+    assert "115 s and cool ones at 90 s" in why["weather"]
+
+
+def test_a_huge_eps_helps_because_sigma_holds_true_spread_not_because_it_is_noisy() -> None:
+    found, all_run = season(), season(Settings(runners=RUNNERS))
+
+    def told(values: torch.Tensor) -> float:
+        return known(visible(values, found.form, found.members))
+
+    centred = found.x - found.mean[:, None]
+    heat = (1 + WIDENING * found.settings.difference * found.hot)[:, None]
+    truth = all_run.form.std(1, correction=0)[:, None]
+    chance = found.var.sqrt()[:, None] / (heat * truth)  # what of σ is neither heat nor true spread
+    # Only the mean is taken off.
+    assert known(asked("eps").after) == pytest.approx(told(centred), abs=1e-3)
+    # Heat in σ is worth dividing by, the true spread is not, and the noise of σ hardly matters.
+    assert told(centred / heat) > told(centred) > known(found.after)
+    assert told(centred / heat) - told(centred / heat / chance) < 0.005
+    assert told(centred / heat) - told(centred / heat / truth) > 0.05
+    middle = truth[DAYS // 3 : -(DAYS // 3)]
+    assert middle.max() < min(truth[0], truth[-1])
+
+
+def test_the_two_runners_are_those_of_the_pictures_and_came_often_enough() -> None:
+    pace = draws().pace
+    assert extremes(season()) == (pace.index(min(pace)), pace.index(max(pace)))
+    for runners in range(2, RUNNERS + 1):
+        found = season(Settings(runners=runners))
+        assert all(len(found.runs_of(runner)[0]) >= LINE_FROM for runner in extremes(found))
+
+
+def test_the_terminal_tells_the_two_runners_apart_by_numbers() -> None:
+    figure, paragraph = chapters.chapter(5).blocks[1:]
+    assert isinstance(figure, Figure)
+    assert isinstance(paragraph, Paragraph)
+    assert "told apart" not in figure.alt
+    found = season()
+    for runner in extremes(found):
+        days, places = found.runs_of(runner)
+        for values in (found.x, found.y, found.form):
+            early, late = (
+                values[days[chosen], places[chosen]].mean().item() for chosen in (days < 13, days >= 27)
+            )
+            assert f"{as_text(early, 1)} → {as_text(late, 1)}" in paragraph.text
+    assert "seems to stand still" in paragraph.text
 
 
 def test_every_step_has_a_formula_numbers_and_a_picture() -> None:
@@ -126,7 +184,7 @@ def test_the_bikes_are_as_measured() -> None:
     error = {key: value[0] for key, value in measured.items()}
     assert error["by day", "running"] > error["by day", "recalibrated"] > 2 * error["shuffled", "running"]
     (table,) = (block for block in chapters.chapter(8).blocks if isinstance(block, Table))
-    assert f"{error['by day', 'running']:.3f}" in table.rows[1][1]
+    assert f"{error['by day', 'running']:.3f}" in table.rows[0][2]
 
 
 def test_inside_a_network_the_steps_are_the_layers() -> None:
@@ -137,6 +195,15 @@ def test_inside_a_network_the_steps_are_the_layers() -> None:
     )
     assert min(inside.companies) < inside.alone < max(inside.companies)
     assert len(set(inside.companies)) > 30
+
+
+def test_the_networks_numbers_are_short_and_its_words_true_in_a_kept_file() -> None:
+    blocks = [*chapters.chapter(6).blocks, *chapters.chapter(7).blocks]
+    words = " ".join(str(getattr(block, "text", "")) + str(getattr(block, "numbers", "")) for block in blocks)
+    assert "just now" not in words
+    assert "When this text was made, it was trained for 150 steps" in words
+    assert not re.search(r"\d\.0*[1-9]\d{4}", words)
+    assert "trained when this page was made" in look_inside().facts()["network"]
 
 
 def test_the_whole_document_says_what_it_must() -> None:

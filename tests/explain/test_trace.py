@@ -104,6 +104,22 @@ def test_the_document_has_formula_numbers_and_picture_of_each_step() -> None:
     assert re.search("▁.*█", drawn.get())
 
 
+def test_each_step_draws_what_it_is_about() -> None:
+    console = Console(width=80)
+    bars = []
+    for section in batchnorm.trace([9.1, 9.4, 12.0]).document().sections[1:3]:
+        with console.capture() as drawn:
+            console.print(terminal.render_section(section))
+        bars.append(next(line.split()[2] for line in drawn.get().splitlines() if "█" in line))
+        assert "left to right, place in the batch: 1 to 3" in drawn.get()
+    assert bars == ["▁▂█", "▂▁█"]  # the values, and their squared distances from the mean
+    squares, level = (
+        trace["y"]
+        for trace in batchnorm.trace([[1.0, 0], [3, 9]]).document().sections[2].blocks[2].data[1::-1]  # type: ignore[union-attr]
+    )
+    assert (squares, level) == ([1, 1], [1, 1])
+
+
 def test_equal_values_become_the_bias() -> None:
     found = batchnorm.trace([100.1] * 5, bias=3)
     assert found.y.tolist() == [3.0] * 5

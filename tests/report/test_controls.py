@@ -94,10 +94,12 @@ def test_scripts_of_a_page_hear_and_redraw(browser: Browser, document: Document,
     browser.look(path)
     browser.drawn(1)
     assert browser.run("batchnormReport.data.a") == 1
+    browser.run("batchnormReport.set({ heat: 5 })")
+    assert browser.run("batchnormReport.start()") == {"heat": 30, "eps": 1e-05}
     browser.run("document.querySelector('#question-q input').click()")
     browser.run("document.querySelector('#question-q .see').click()")
     assert browser.run("window.heard") == {"heat": 12, "eps": 1e-05}
-    assert browser.run("window.asked") == 30
+    assert browser.run("window.asked") == 30  # as the page opened, wherever the slider stood
     assert browser.run("document.querySelector('#slider-heat-value').textContent") == "12.0 °C"
     browser.wait("document.querySelector('#figure-f .canvas').data[0].y[1] === 12")
     browser.theme("dark")  # a redrawn figure keeps its data when the colours change

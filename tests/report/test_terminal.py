@@ -90,6 +90,23 @@ def test_curves_of_one_axis_share_a_scale() -> None:
     text = drawn(Document("T", "V", [Section("S", [Figure("f", "F", data, {}, alt="a")])]))
     assert re.search(r"low +▁▂▃  2 at 2", text)
     assert re.search(r"high +▆▇█  8 at 2", text)
+    assert "▁ 0, █ 8; left to right, place: 0 to 2" in text
+
+
+def test_bars_say_what_lies_at_their_ends() -> None:
+    data = [
+        {"name": "a", "x": [1, 2, 3], "y": [-1.0, 0.0, 1.0]},
+        {"name": "b", "x": [1, 2, 9], "y": [5.0, 6.0, 7.0], "yaxis": "y2", "xaxis": "x2"},
+        {"name": "c", "x": [2, 3, 9], "y": [5.0, 6.0, 7.0], "yaxis": "y2", "xaxis": "x2"},
+    ]
+    layout = {
+        "xaxis": {"title": {"text": "day"}},
+        "yaxis": {"title": "time, s"},
+        "xaxis2": {"title": {"text": "step"}},
+    }
+    text = drawn(Document("T", "V", [Section("S", [Figure("f", "F", data, layout, alt="a")])]))
+    assert "time, s: ▁ −1, █ 1; left to right, day: 1 to 3" in text
+    assert "▁ 5, █ 7; left to right, step: from the first to the last" in text
 
 
 def test_bands_and_scattered_points_get_no_bars(document: Document) -> None:

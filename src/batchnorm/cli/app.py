@@ -43,4 +43,8 @@ def options(
 
 app.command("compare", short_help="Train with and without batch norm, and compare.")(compare.command)
 app.command("env", short_help="Show versions, devices and backends.")(env.command)
-app.command("explain", short_help="Explain batch norm, step by step.")(explain.command)
+app.command(
+    "explain",
+    short_help="Explain batch norm, step by step.",
+    context_settings={"allow_extra_args": True},
+)(explain.command)

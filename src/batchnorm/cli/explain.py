@@ -25,9 +25,6 @@ _LAST = 9
 
 def command(
     context: typer.Context,
-    code: Annotated[
-        str | None, typer.Argument(metavar="[CODE]", help="A rule's code; there are no rules yet.")
-    ] = None,
     step: Annotated[
         int | None,
         typer.Option(
@@ -70,7 +67,7 @@ def command(
     improving. Or give numbers of your own with --values or --csv.
     """
     with guarded(context):
-        _check(code, step, values, table, column, html, json)
+        _check(context.args, step, values, table, column, html, json)
         if values is not None or table is not None:
             _explain_trace(_own(values, table, column or []), step, pause, html, json)
         else:
@@ -78,7 +75,7 @@ def command(
 
 
 def _check(
-    code: str | None,
+    extra: list[str],
     step: int | None,
     values: str | None,
     table: Path | None,
@@ -87,9 +84,14 @@ def _check(
     json: str | None,
 ) -> None:
     """Refuse what does not fit together, before any work."""
-    if code is not None:
+    if extra:  # the parser lets it through: one day it may be the code of a rule
         raise InputError(
-            message("CODE", got=repr(code), expected="nothing", fix="There are no rules to explain yet.")
+            message(
+                "batchnorm explain",
+                got=repr(extra[0]),
+                expected="options alone",
+                fix="There are no rules to explain yet.",
+            )
         )
     if values is not None and table is not None:
         raise InputError(message("--values and --csv", got="both", expected="one of them"))

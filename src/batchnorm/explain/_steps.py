@@ -57,6 +57,7 @@ def worked(
     constants: tuple[float, float, float],
     number: Callable[[float], str],
     prefix: str = "",
+    eps_digits: int = 6,
 ) -> tuple[Formula, Formula, Formula, Formula]:
     """The four formulas with the numbers of one batch of one channel; steps 3 and 4 for its first value.
 
@@ -66,15 +67,16 @@ def worked(
         constants: eps, γ and β.
         number: how a number is written.
         prefix: put before the ids, which must differ on one page.
+        eps_digits: how many digits of ε are written.
     """
     (mean, var, xhat, y), (eps, weight, bias) = results, constants
-    texts = [number(value) for value in values]
+    texts, safeguard = [number(value) for value in values], small(eps, eps_digits)
     squares = [f"({_minus(text, number(mean))})²" for text in texts]
     total = listed([f"({text})" if text.startswith("−") else text for text in texts], " + ")
     shown = (
         f"({total}) / {len(values)} = {number(mean)}",
         f"({listed(squares, ' + ')}) / {len(values)} = {number(var)}",
-        f"first value: ({_minus(texts[0], number(mean))}) / √({number(var)} + {small(eps)}) = {number(xhat)}",
+        f"first value: ({_minus(texts[0], number(mean))}) / √({number(var)} + {safeguard}) = {number(xhat)}",
         f"first value: {number(weight)} · {_bracket(number(xhat))} + {_bracket(number(bias))} = {number(y)}",
     )
     ids = ("mean", "variance", "normalize", "scale")
@@ -84,14 +86,15 @@ def worked(
     return first, second, third, fourth
 
 
-def small(eps: float) -> str:
-    """ε in plain decimals where that stays short.
+def small(eps: float, digits: int = 6) -> str:
+    """ε in at most so many digits, in plain decimals where that stays short.
 
     Example:
-        >>> small(1e-5), small(1e-12)
-        ('0.00001', '1e-12')
+        >>> small(1e-5), small(10**-4.75, 2), small(1e-12)
+        ('0.00001', '0.000018', '1e-12')
     """
-    return f"{eps:g}" if eps < 1e-6 else f"{Decimal(f'{eps:.6g}'):f}"
+    text = f"{eps:.{digits}g}"
+    return text if eps < 1e-6 else f"{Decimal(text):f}"
 
 
 def _minus(left: str, right: str) -> str:

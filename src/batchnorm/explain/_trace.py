@@ -165,14 +165,14 @@ def trace(input: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5) -
     return Trace(x, steps.mean[0], steps.var[0], *shaped, float(eps), gamma, beta, count, names)
 
 
-def number(value: float) -> str:
-    """A number in at most six digits, with a true minus sign.
+def number(value: float, digits: int = 6) -> str:
+    """A number in at most `digits` digits, with a true minus sign.
 
     Example:
-        >>> number(-1 / 3)
-        '−0.333333'
+        >>> number(-1 / 3), number(-1 / 3, 3)
+        ('−0.333333', '−0.333')
     """
-    return f"{value:.6g}".replace("-", "−")
+    return f"{value:.{digits}g}".replace("-", "−")
 
 
 def plural(count: int, noun: str) -> str:

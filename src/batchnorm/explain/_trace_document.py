@@ -1,5 +1,6 @@
 """A trace as a document: each step with its formula, its numbers and its picture."""
 
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -32,10 +33,9 @@ def tell(trace: Trace) -> Document:
         _picture(trace, trace.x, "mean", "the values and their mean", centre=trace.mean),
         _picture(
             trace,
-            trace.x,
+            _squares(trace),
             "variance",
-            "the values, and one σ on either side of the mean",
-            trace.mean,
+            "squared distances from the mean, and σ², their mean",
             trace.var,
         ),
         _picture(trace, trace.xhat, "normalize", "the normalized values"),
@@ -49,13 +49,15 @@ def tell(trace: Trace) -> Document:
     return Document("Batch norm in four steps", _verdict(trace), sections, facts=_facts(trace))
 
 
-def formulas(trace: Trace, index: int, prefix: str = "") -> tuple[Formula, Formula, Formula, Formula]:
+def formulas(
+    trace: Trace, index: int, prefix: str = "", digits: int = 6
+) -> tuple[Formula, Formula, Formula, Formula]:
     """The four formulas with the numbers of one channel."""
     x = trace.channel(trace.x, index)
     first = (trace.channel(trace.xhat, index)[0], trace.channel(trace.y, index)[0])
     results = (trace.mean[index].item(), trace.var[index].item(), *first)
     constants = (trace.eps, trace.weight[index].item(), trace.bias[index].item())
-    return worked(x, results, constants, number, prefix)
+    return worked(x, results, constants, partial(number, digits=digits), prefix)
 
 
 def _verdict(trace: Trace) -> str:
@@ -70,10 +72,14 @@ def _verdict(trace: Trace) -> str:
     )
 
 
-def _picture(
-    trace: Trace, values: Tensor, id: str, title: str, centre: Tensor | None = None, var: Tensor | None = None
-) -> Figure:
-    """Values against their place in the batch, a line for each centre, a band for each spread."""
+def _squares(trace: Trace) -> Tensor:
+    """(x − μ)²: what step 2 averages."""
+    mean = trace.mean if trace.x.dim() == 1 else trace.mean.reshape(1, -1, *[1] * (trace.x.dim() - 2))
+    return (trace.x - mean).square()
+
+
+def _picture(trace: Trace, values: Tensor, id: str, title: str, centre: Tensor | None = None) -> Figure:
+    """Values against their place in the batch, a line for each centre."""
     data: list[dict[str, Any]] = []
     shown = range(min(trace.channels, _CHANNELS))
     for index in shown:
@@ -81,13 +87,11 @@ def _picture(
         stride = -(-len(column) // _POINTS)
         places = list(range(1, len(column) + 1, stride))
         colour = _COLOURS[index]
-        if var is not None and centre is not None:
-            data.append(_band(centre[index].item(), var[index].item() ** 0.5, len(column), colour))
         if centre is not None:
             data.append(_line(centre[index].item(), len(column), colour))
         data.append(_dots(trace.names[index], places, column[::stride], colour, _SYMBOLS[index]))
     ends = trace.channel(values, 0)
-    label = {"normalize": "x̂", "scale": "y"}.get(id, "x")
+    label = {"variance": "(x − μ)²", "normalize": "x̂", "scale": "y"}.get(id, "x")
     return Figure(
         id=id,
         title=title[0].upper() + title[1:],
@@ -97,7 +101,8 @@ def _picture(
             "yaxis": {"title": {"text": label}, "zeroline": False},
             "showlegend": trace.channels > 1,
         },
-        alt=f"{trace.names[0]}: from {number(min(ends))} to {number(max(ends))}.",
+        alt=f"{trace.names[0]}: from {number(min(ends))} to {number(max(ends))}"
+        + (f", on average {number(trace.var[0].item())}." if id == "variance" else "."),
         caption=f"The first {_CHANNELS} of {trace.channels} channels." if trace.channels > _CHANNELS else "",
         height=300,
     )
@@ -119,12 +124,6 @@ def _dots(name: str, places: list[int], values: list[float], colour: str, symbol
 def _line(level: float, last: int, colour: str) -> dict[str, Any]:
     line = {"color": colour, "width": 1.5, "dash": "dash"}
     return _quiet([1, last], [level, level], {"line": line})
-
-
-def _band(mean: float, spread: float, last: int, colour: str) -> dict[str, Any]:
-    low, high = mean - spread, mean + spread
-    fill = {"fill": "toself", "fillcolor": f"{colour}-band", "line": {"width": 0}}
-    return _quiet([1, last, last, 1], [low, low, high, high], fill)
 
 
 def _quiet(x: list[int], y: list[float], more: dict[str, Any]) -> dict[str, Any]:

@@ -9,14 +9,15 @@ from batchnorm.explain.limits import limits
 from batchnorm.explain.network import look_inside
 from batchnorm.explain.network_chapters import four_steps_inside, running_statistics
 from batchnorm.explain.questions import questions
-from batchnorm.explain.runners import BASE, COOL, DAYS, RUNNERS, Season, Settings, season
+from batchnorm.explain.runners import RUNNERS, Season, Settings, season
+from batchnorm.explain.texts import DAY
+from batchnorm.explain.words import as_text, say
 from batchnorm.report.document import Block, Document, Formula, Paragraph, Section, Slider, Verdict
 
 __all__ = ["CHAPTERS", "TITLE", "WORKED_DAY", "Chapter", "chapter", "document", "lead", "sliders"]
 
 TITLE = "Batch norm, told by runners"
-# The first hot day: its times are put into the formulas.
-WORKED_DAY = 2
+WORKED_DAY = DAY - 1  # its times are put into the formulas
 
 
 @dataclass(frozen=True)
@@ -29,12 +30,7 @@ class Chapter:
 
 def lead() -> str:
     """Return the story's one paragraph."""
-    hot, cool = (f"{degrees:.0f}\u00a0°C" for degrees in (COOL + Settings().difference, COOL))
-    return (
-        f"A coach times {RUNNERS} runners over {DAYS} days. On hot days ({hot}) all are slow, on cool ones ({cool}) "
-        "all are fast, and that hides who is improving. Batch norm takes each day's mean and spread away, and it "
-        "shows. The runners are made up, so that the truth is known; this library computes every number."
-    )
+    return say("lead", season())
 
 
 def sliders(settings: Settings | None = None) -> list[Slider]:
@@ -64,7 +60,7 @@ def formulas(found: Season) -> tuple[Formula, Formula, Formula, Formula]:
     )
     mean, var, xhat, y = results
     constants = (at.eps, at.gamma, at.beta)
-    return worked(found.x[WORKED_DAY].tolist(), (mean, var, xhat, y), constants, two_decimals)
+    return worked(found.x[WORKED_DAY].tolist(), (mean, var, xhat, y), constants, two_decimals, eps_digits=2)
 
 
 def two_decimals(value: float) -> str:
@@ -74,57 +70,41 @@ def two_decimals(value: float) -> str:
         >>> two_decimals(-1.239)
         '−1.24'
     """
-    return f"{value:.2f}".replace("-", "−")
+    return as_text(value, 2)
 
 
 def correlation(value: float | None) -> str:
-    """Return a correlation in two digits, or a dash where there is none."""
-    return "–" if value is None else two_decimals(value)
+    """Return a correlation in two digits, or that there is none."""
+    return "no correlation" if value is None else f"correlation {two_decimals(value)}"
 
 
 def _raw() -> list[Block]:
     found = season()
     return [
-        _before(found),
-        _after(found),
-        figures.raw_picture(found),
-        Paragraph(
-            f"Time = {BASE:.0f} s + heat + (1 + 0.03·heat)·(form + noise), heat being 1 s for each degree above "
-            f"{COOL:.0f} °C. Half of the runners get faster at their own pace, half slower; that is the true form. "
-            f"Each day {found.settings.runners} of the {RUNNERS} come.",
-            small=True,
+        Verdict(
+            "What raw times tell of each runner's form",
+            correlation(found.before),
+            f"{say('raw-card', found)} It is the correlation with the true form, run by run, each runner's own "
+            "average taken off, so that only changes of form count.",
+            "bad",
         ),
+        Verdict(
+            "And after batch norm",
+            correlation(found.after),
+            f"{say('after-card', found)} {say('missing', found)}",
+            "good",
+        ),
+        figures.raw_picture(found),
+        Paragraph(say("season", found), small=True),
     ]
 
 
-def _before(found: Season) -> Verdict:
-    return Verdict(
-        "What raw times tell of each runner's form",
-        f"correlation {correlation(found.before)}",
-        "1 would be everything, 0 nothing. It is the correlation with the true form, run by run, each runner's own "
-        "average taken off, so that only changes of form count.",
-        "bad",
-    )
-
-
-def _after(found: Season) -> Verdict:
-    return Verdict(
-        "And after batch norm",
-        f"correlation {correlation(found.after)}",
-        "The same runs, the same truth. What is missing to 1 is chance: a runner's good and bad days, and who happened "
-        "to come.",
-        "good",
-    )
-
-
 def _mean() -> list[Block]:
+    found = season()
     return [
-        Paragraph(
-            "A batch is one day. Add up its times and divide by the number of runners. On a hot day the mean is high "
-            "because everyone is slow."
-        ),
-        _of_the_day(formulas(season())[0]),
-        figures.mean_picture(season()),
+        Paragraph(say("mean", found)),
+        _of_the_day(formulas(found)[0]),
+        figures.mean_picture(found),
     ]
 
 
@@ -140,41 +120,26 @@ def _variance() -> list[Block]:
 
 
 def _normalize() -> list[Block]:
-    return [
-        Paragraph(
-            "Take the day's mean off, divide by the day's spread. Now every day has mean 0 and spread 1, hot or cool, "
-            "and a runner's number says how he did against the others that day. ε keeps the division safe where all "
-            "times are equal."
-        ),
-        formulas(season())[2],
-        figures.normalized_picture(season()),
-    ]
+    found = season()
+    return [Paragraph(say("normalize", found)), formulas(found)[2], figures.normalized_picture(found)]
 
 
 def _scale() -> list[Block]:
-    return [
-        Paragraph(
-            "A scale with mean 0 may not be what is wanted next, so two more numbers stretch and move it. Here the "
-            "coach chose γ = 3 and β = 90, which looks like seconds again. A network learns both."
-        ),
-        formulas(season())[3],
-        figures.output_picture(season()),
-    ]
+    found = season()
+    return [Paragraph(say("scale", found)), formulas(found)[3], figures.output_picture(found)]
 
 
 def _trend() -> list[Block]:
     found = season()
     return [
-        Paragraph(
-            "The question was who is improving. Correlation with the true form: raw times "
-            f"{correlation(found.before)}, after batch norm {correlation(found.after)}."
-        ),
+        Paragraph(say("trend", found)),
         figures.trend_picture(found),
+        Paragraph(say("trend-averages", found), small=True),
     ]
 
 
 def _of_the_day(formula: Formula) -> Formula:
-    return Formula(formula.id, f"{formula.text}    (day {WORKED_DAY + 1}, a hot one)", formula.numbers)
+    return Formula(formula.id, f"{formula.text}    (day {DAY})", formula.numbers)
 
 
 def _inside() -> list[Block]:

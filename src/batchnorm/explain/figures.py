@@ -5,11 +5,11 @@ from typing import Any
 
 from torch import Tensor
 
-from batchnorm.explain.runners import DAYS, Season, draws
+from batchnorm.explain.runners import DAYS, Season, extremes
+from batchnorm.explain.words import say
 from batchnorm.report.document import Figure
 
 __all__ = [
-    "extremes",
     "mean_picture",
     "normalized_picture",
     "output_picture",
@@ -21,12 +21,6 @@ __all__ = [
 Trace = dict[str, Any]
 
 
-def extremes() -> tuple[int, int]:
-    """The runner whose form improves most, and the one whose form declines most."""
-    pace = draws().pace
-    return pace.index(min(pace)), pace.index(max(pace))
-
-
 def raw_picture(found: Season) -> Figure:
     """All times of the season, hot days apart from cool ones."""
     return Figure(
@@ -34,9 +28,8 @@ def raw_picture(found: Season) -> Figure:
         title="The coach's notebook: every time of the season",
         data=_two_kinds_of_days(found, found.x),
         layout=_layout("time, s", include=[80, 120]),
-        alt="Times by day. On hot days all dots lie higher than on cool ones, and the line of one runner, who in truth "
-        "gets faster all season, jumps up and down with the weather.",
-        caption="One dot a run. The line is the runner whose form in truth improves most.",
+        alt=say("raw-alt", found),
+        caption=say("raw-caption", found),
     )
 
 
@@ -51,8 +44,8 @@ def mean_picture(found: Season) -> Figure:
             _line("the day's mean", days, found.mean.tolist(), "with", width=2.5),
         ],
         layout=_layout("time, s", include=[80, 120]),
-        alt="The line of daily means jumps between a low level on cool days and a high level on hot ones.",
-        caption="What all runners of a day have in common, the weather above all, is in this line.",
+        alt=say("mean-alt", found),
+        caption=say("mean-caption", found),
     )
 
 
@@ -68,19 +61,19 @@ def variance_picture(found: Season) -> Figure:
             _line("", days, [-value for value in spread], "with", width=2.5, showlegend=False),
         ],
         layout=_layout("seconds from the mean", include=[-6, 6]),
-        alt="The level is gone. What is left is wider on hot days: there σ is larger.",
-        caption="Heat does not only slow everyone, it drives the field apart.",
+        alt=say("variance-alt", found),
+        caption=say("variance-caption", found),
     )
 
 
 def normalized_picture(found: Season) -> Figure:
-    """The normalized times: hot and cool days can no longer be told apart."""
+    """The normalized times, hot days and cool ones on one scale."""
     return Figure(
         id="normalize",
         title="The same runs, normalized day by day",
         data=_two_kinds_of_days(found, found.xhat),
         layout=_layout("x̂, in σ of the day", range=[-3.6, 3.6]),
-        alt="Hot and cool days lie on top of each other, and the line of the improving runner now falls steadily.",
+        alt=say("normalize-alt", found),
         caption="The same dots and the same runner as in the first picture.",
     )
 
@@ -91,9 +84,9 @@ def output_picture(found: Season) -> Figure:
         id="scale",
         title="Scaled and shifted",
         data=_two_kinds_of_days(found, found.y),
-        layout=_layout("y", range=[70, 110]),
-        alt="The picture before, on a scale whose middle is β and whose spread is γ.",
-        caption="β moves the whole picture, γ stretches it. Neither changes who stands where.",
+        layout=_layout("y", range=[62, 118]),
+        alt=say("scale-alt", found),
+        caption=say("scale-caption", found),
     )
 
 
@@ -102,12 +95,14 @@ def trend_picture(found: Season) -> Figure:
     titles = ("raw time, s", "after batch norm", "true form, s")
     data: list[Trace] = []
     layout: dict[str, Any] = {"grid": {"rows": 1, "columns": 3, "pattern": "independent", "xgap": 0.28}}
+    faster, slower = extremes(found)
+    pair = ((faster, "gets faster", "with", "solid"), (slower, "gets slower", "without", "dash"))
     for panel, (title, values) in enumerate(
         zip(titles, (found.x, found.y, found.form), strict=True), start=1
     ):
         suffix = str(panel) if panel > 1 else ""
         layout |= {f"xaxis{suffix}": {"title": {"text": "day"}}, f"yaxis{suffix}": {"title": {"text": title}}}
-        for runner, name, colour, dash in _pair():
+        for runner, name, colour, dash in pair:
             days, places = found.runs_of(runner)
             label = name if panel == 1 else f"{name}, {title}"
             line = _line(label, (days + 1).tolist(), values[days, places].tolist(), colour, dash=dash)
@@ -119,20 +114,14 @@ def trend_picture(found: Season) -> Figure:
         title="Two runners: raw, after batch norm, and the truth",
         data=data,
         layout=layout,
-        alt="In the raw times both runners jump with the weather and cannot be told apart. After batch norm one falls "
-        "and the other rises, as in the truth.",
-        caption="Lower is faster. Solid: the runner who improves most; dashed: the one who declines most.",
+        alt=say("trend-alt", found),
+        caption=say("trend-caption", found),
         height=340,
     )
 
 
-def _pair() -> list[tuple[int, str, str, str]]:
-    faster, slower = extremes()
-    return [(faster, "gets faster", "with", "solid"), (slower, "gets slower", "without", "dash")]
-
-
 def _two_kinds_of_days(found: Season, values: Tensor) -> list[Trace]:
-    faster, _ = extremes()
+    faster, _ = extremes(found)
     days, places = found.runs_of(faster)
     cool, hot = (
         _dots(name, *_runs(found, values, kind), colour, symbol)

@@ -29,8 +29,11 @@ class Inside:
     """One channel of one batch norm of a trained network.
 
     Args:
-        layer: which batch norm it is, in words.
+        layer: the name of the batch norm among the network's modules.
+        place: which of the network's batch norms it is, counted from 1.
+        layers: how many there are.
         channel: the channel's number.
+        channels: how many there are.
         accuracy: test accuracy of the network in eval mode, 0 to 1.
         batch: the four steps on the values of this channel in one training batch.
         running_mean: the layer's running mean of the channel.
@@ -41,7 +44,10 @@ class Inside:
     """
 
     layer: str
+    place: int
+    layers: int
     channel: int
+    channels: int
     accuracy: float
     batch: Trace
     running_mean: float
@@ -56,7 +62,7 @@ class Inside:
 
         return {
             "season": "made up, the same on every machine",
-            "network": f"{NETWORK} on {DATA}, {STEPS} steps, seed {SEED}",
+            "network": f"{NETWORK} on {DATA}, {STEPS} steps, seed {SEED}, trained when this page was made",
             "batchnorm": batchnorm.__version__,
             "torch": torch.__version__,
         }
@@ -67,6 +73,8 @@ class Inside:
             "network": NETWORK,
             "data": DATA,
             "layer": self.layer,
+            "place": self.place,
+            "layers": self.layers,
             "channel": self.channel,
             "accuracy": self.accuracy,
             "batch": self.batch.to_dict(),
@@ -105,8 +113,11 @@ def look_inside() -> Inside:
     ]
     companies = [_outputs(model, layer, torch.cat([image, rest]), train=True)[0, channel] for rest in others]
     return Inside(
-        layer=f"batch norm {place + 1} of {len(layers)} ({name})",
+        layer=name,
+        place=place + 1,
+        layers=len(layers),
         channel=channel,
+        channels=layer.num_features,
         accuracy=accuracy,
         batch=_traced(layer, _inputs(model, layer, first)[:, channel], channel),
         running_mean=_at(layer.running_mean, channel),

@@ -1,28 +1,34 @@
 """Two chapters on a trained network: the four steps on one of its batches, and what happens at inference."""
 
+from functools import partial
 from typing import Any
 
-from batchnorm.explain._trace import number, plural
+from batchnorm.explain._trace import number as exact
+from batchnorm.explain._trace import plural
 from batchnorm.explain._trace_document import formulas
 from batchnorm.explain.network import BATCH, COMPANIES, RATE, STEPS, Inside
 from batchnorm.report.document import Block, Figure, Formula, Paragraph
 
 __all__ = ["four_steps_inside", "running_statistics"]
 
+_DIGITS = 3
+number = partial(exact, digits=_DIGITS)
+
 
 def four_steps_inside(inside: Inside) -> list[Block]:
     """The four steps on the batch of one channel."""
     batch = inside.batch
     x, y = batch.channel(batch.x, 0), batch.channel(batch.y, 0)
-    first, second, third, fourth = formulas(batch, 0, "inside-")
+    first, second, third, fourth = formulas(batch, 0, "inside-", _DIGITS)
     mean, spread = batch.mean.item(), batch.var.item() ** 0.5
     weight, bias = number(batch.weight.item()), number(batch.bias.item())
     return [
         Paragraph(
-            f"In a network the runners are samples, the day is the batch, and the time is what a neuron computes. This "
-            f"one has ten hidden layers with a batch norm in each, trained just now for {STEPS} steps on handwritten "
-            f"digits (learning rate {RATE:g}; {inside.accuracy:.1%} of the test digits right). Below is channel "
-            f"{inside.channel} of {inside.layer}, on one batch of {BATCH} digits."
+            "In a network the runners are samples, the day is the batch, and the time is what a neuron computes. The "
+            f"network here has {inside.layers} hidden layers with a batch norm in each. When this text was made, it "
+            f"was trained for {STEPS} steps on handwritten digits, and then got {inside.accuracy:.0%} of the digits "
+            f"right that it had not seen. Below is one of the {inside.channels} neurons in hidden layer "
+            f"{inside.place}, on one batch of {BATCH} digits."
         ),
         first,
         second,
@@ -47,8 +53,9 @@ def four_steps_inside(inside: Inside) -> list[Block]:
             f"The same values about β = {bias}, with the spread γ = {weight}.",
         ),
         Paragraph(
-            f"γ = {weight} and β = {bias} were learnt; they started at 1 and 0. Every other channel has its own mean, "
-            "variance, γ and β.",
+            f"γ = {weight} and β = {bias} were learnt; they started at 1 and 0. Every other neuron has its own mean, "
+            f"variance, γ and β. This one is channel {inside.channel} of the module {inside.layer!r}, the one of its "
+            f"layer whose mean lies farthest from 0; the learning rate was {RATE:g}.",
             small=True,
         ),
     ]
@@ -69,7 +76,8 @@ def running_statistics(inside: Inside) -> list[Block]:
         Formula(
             "running",
             "running mean ← (1 − momentum)·running mean + momentum·μ",
-            f"(1 − {m:g})·{number(inside.running_mean)} + {m:g}·{number(mean)} = {number(moved)}",
+            # One digit more: the two means are close.
+            f"(1 − {m:g})·{exact(inside.running_mean, 4)} + {m:g}·{exact(mean, 4)} = {exact(moved, 4)}",
         ),
         _companies(inside),
         Paragraph(

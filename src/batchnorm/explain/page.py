@@ -4,15 +4,17 @@ from pathlib import Path
 from typing import Any
 
 from batchnorm.explain.chapters import WORKED_DAY, document
-from batchnorm.explain.figures import extremes
 from batchnorm.explain.limits import BIKESHARE
 from batchnorm.explain.network import look_inside
-from batchnorm.explain.runners import draws, season
+from batchnorm.explain.questions import SHOWN
+from batchnorm.explain.runners import draws, extremes, season
+from batchnorm.explain.words import table
 from batchnorm.report.json import to_json
 
 __all__ = ["page", "story_json"]
 
 SCHEMA_VERSION = 1
+SCRIPTS = ("play.js", "words.js", "seen.js")
 
 
 def page() -> str:
@@ -23,8 +25,9 @@ def page() -> str:
     """
     from batchnorm.report.html import render  # jinja2 is optional; the story in a terminal does without
 
-    script = Path(__file__).with_name("templates") / "play.js"
-    return render(document(), _numbers(), script.read_text(encoding="utf-8"))
+    folder = Path(__file__).with_name("templates")
+    script = "\n".join((folder / name).read_text(encoding="utf-8") for name in SCRIPTS)
+    return render(document(), {**_numbers(), "texts": table(), "shown": dict(SHOWN)}, script)
 
 
 def story_json() -> str:
@@ -33,7 +36,7 @@ def story_json() -> str:
 
 
 def _numbers() -> dict[str, Any]:
-    faster, slower = extremes()
+    faster, slower = extremes(season())
     bikes = [
         {"training": training, "statistics": statistics, "error": error, "deviation": deviation}
         for (training, statistics), (error, deviation) in BIKESHARE.items()

@@ -22,7 +22,19 @@ from torch import Tensor
 from batchnorm._errors import InputError, message
 from batchnorm.explain._steps import four_steps
 
-__all__ = ["BASE", "COOL", "DAYS", "RUNNERS", "Draws", "Season", "Settings", "draws", "season"]
+__all__ = [
+    "BASE",
+    "COOL",
+    "DAYS",
+    "LINE_FROM",
+    "RUNNERS",
+    "Draws",
+    "Season",
+    "Settings",
+    "draws",
+    "extremes",
+    "season",
+]
 
 RUNNERS, DAYS = 24, 40
 BASE = 90.0  # s for the interval on a cool day
@@ -30,6 +42,7 @@ COOL = 15.0  # °C
 NOISE = 0.5  # s
 PER_DEGREE = 1.0  # s/°C
 WIDENING = 0.03  # of the field, per second of heat
+LINE_FROM = 3  # runs; a runner with fewer makes no line
 _SEED = 2  # hot days fall evenly on both halves of the season
 
 
@@ -84,7 +97,7 @@ class Draws:
     def to_dict(self) -> dict[str, Any]:
         """Return the numbers, and the constants of the formula, for whoever computes the season elsewhere."""
         constants = {"base": BASE, "cool": COOL, "noiseScale": NOISE, "perDegree": PER_DEGREE}
-        return {**asdict(self), **constants, "widening": WIDENING}
+        return {**asdict(self), **constants, "widening": WIDENING, "lineFrom": LINE_FROM}
 
 
 @cache
@@ -188,6 +201,19 @@ def season(settings: Settings | None = None) -> Season:
     steps = four_steps(x.reshape(-1, 1), gamma, beta, given.eps, groups=DAYS)
     xhat, y = steps.xhat.reshape(x.shape), steps.y.reshape(x.shape)
     return Season(given, hot, members, form, x, steps.mean[:, 0], steps.var[:, 0], xhat, y)
+
+
+def extremes(found: Season) -> tuple[int, int]:
+    """The runner whose form improves most and the one whose form declines most, of those who came often enough.
+
+    Example:
+        >>> extremes(season()), extremes(season(Settings(runners=2)))
+        ((20, 9), (12, 9))
+    """
+    runs = torch.bincount(found.members.flatten(), minlength=RUNNERS)
+    pace = draws().pace
+    often = [runner for runner in range(RUNNERS) if runs[runner] >= LINE_FROM]
+    return min(often, key=pace.__getitem__), max(often, key=pace.__getitem__)
 
 
 def visible(values: Tensor, form: Tensor, members: Tensor) -> float | None:

@@ -39,8 +39,9 @@ def render(document: Document, data: Mapping[str, Any] | None = None, script: st
         data: the numbers behind it; when given, the page carries them and offers them as a
             JSON download.
         script: JavaScript of the caller's own, run after the page's. `batchnormReport` has `data` (the numbers),
-            `settings()` and `set(id, value)` of the sliders, `redraw(id, data)` of a figure, and tells of a moved
-            slider or an answered question by the events "settings" and "question" of the document.
+            `settings()`, `start()` and `set(values)` of the sliders (as they stand, as the page opened, and new ones),
+            `redraw(id, data)` of a figure, and tells of a moved slider or an answered question by the events
+            "settings" and "question" of the document.
 
     Raises:
         MissingDependencyError: plotly is not installed and the document holds a figure.

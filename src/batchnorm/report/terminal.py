@@ -212,7 +212,7 @@ class _Plot:
         if not options.ascii_only:
             curves = _curves(self.figure)
             if curves:
-                yield _sparklines(curves)
+                yield _sparklines(curves, self.figure.layout)
         yield Padding(Text(self.figure.alt), (0, 0, 0, 2))
         if self.figure.caption:
             yield Padding(Text(self.figure.caption, style="dim"), (0, 0, 0, 2))
@@ -224,9 +224,10 @@ class _Curve:
     axis: str
     values: Sequence[float]
     last: str
+    ends: tuple[str, str]
 
 
-def _sparklines(curves: Sequence[_Curve]) -> RenderableType:
+def _sparklines(curves: Sequence[_Curve], layout: Mapping[str, Any]) -> RenderableType:
     grid = RichTable.grid(padding=(0, 2))
     grid.add_column(no_wrap=True, overflow="ellipsis", max_width=32)
     grid.add_column(no_wrap=True)
@@ -240,7 +241,27 @@ def _sparklines(curves: Sequence[_Curve]) -> RenderableType:
     for curve in curves:
         bars = sparkline(curve.values, *limits[curve.axis])
         grid.add_row(Text(curve.name), Text(bars), Text(curve.last))
-    return Padding(grid, (0, 0, 0, 2))
+    legends = [_legend(axis, limits[axis], curves, layout) for axis in limits]
+    return Padding(Group(grid, *(Text(line, style="dim") for line in legends)), (0, 0, 0, 2))
+
+
+def _legend(
+    axis: str, limits: tuple[float, float], curves: Sequence[_Curve], layout: Mapping[str, Any]
+) -> str:
+    """What the lowest and the highest bar stand for, and the first and the last."""
+    what, along = _title(layout, f"{axis[0]}axis{axis[1:]}"), _title(layout, f"xaxis{axis[1:]}") or "place"
+    ends = {curve.ends for curve in curves if curve.axis == axis}
+    low, high = (f"{value:.3g}".replace("-", "−") for value in limits)
+    scale = f"{what}: ▁ {low}, █ {high}" if what else f"▁ {low}, █ {high}"
+    if len(ends) > 1:
+        return f"{scale}; left to right, {along}: from the first to the last"
+    ((first, last),) = ends
+    return f"{scale}; left to right, {along}: {first} to {last}"
+
+
+def _title(layout: Mapping[str, Any], axis: str) -> str:
+    title = layout.get(axis, {}).get("title", "")
+    return str(title.get("text", "")) if isinstance(title, Mapping) else str(title)
 
 
 def _curves(figure: Figure) -> list[_Curve]:
@@ -257,8 +278,9 @@ def _curves(figure: Figure) -> list[_Curve]:
         known = [index for index, value in enumerate(values) if math.isfinite(value)]
         if len(values) >= 3 and known:
             places = list(trace.get("x", ())) or list(range(len(values)))
-            last = f"{values[known[-1]]:.3g} at {places[known[-1]]}"
-            curves.append(_Curve(str(name), str(trace.get("yaxis", "y")), values, last))
+            last = f"{values[known[-1]]:.3g} at {places[known[-1]]}".replace("-", "−")
+            ends = (f"{places[0]}", f"{places[-1]}")
+            curves.append(_Curve(str(name), str(trace.get("yaxis", "y")), values, last, ends))
     return curves
 
 

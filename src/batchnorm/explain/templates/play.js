@@ -56,9 +56,10 @@
 
   // --- Words
 
-  const two = (value) => value.toFixed(2).replace("-", "−");
-  const correlation = (value) => (value === null ? "–" : two(value));
-  const small = (eps) => (eps < 1e-6 ? eps.toExponential() : String(Number(eps.toPrecision(6))));
+  const fixed = (value, digits) => value.toFixed(digits).replace(/^-(?=[0.]*$)/, "").replace("-", "−");
+  const two = (value) => fixed(value, 2);
+  // ε as its slider writes it.
+  const small = (eps) => String(Number(eps.toPrecision(2)));
   const listed = (texts, joint) =>
     (texts.length > 5 ? [texts[0], texts[1], "…", texts.at(-1)] : texts).join(joint);
   const bracket = (text) => (text.startsWith("−") ? `(${text})` : text);
@@ -108,11 +109,28 @@
 
   const everyDay = (y) => ({ x: y.map((_, day) => day + 1), y });
 
-  const showPictures = (found) => {
-    const kinds = (values) => [dots(values, 0), dots(values, 1), runner(data.faster, values, found.members)];
+  // Those whose form improves and declines most, of the runners who came often enough for a line.
+  const extremes = ({ members }) => {
+    const runs = draws.level.map(() => 0);
+    for (const who of members.flat()) runs[who] += 1;
+    const often = [...runs.keys()].filter((who) => runs[who] >= draws.lineFrom);
+    const first = (better) => often.reduce((best, who) => (better(draws.pace[who], draws.pace[best]) ? who : best));
+    return [first((a, b) => a < b), first((a, b) => a > b)];
+  };
+
+  const showPictures = (found, settings) => {
+    const [faster, slower] = extremes(found);
+    const hot = settings.difference > 0 ? "hot day" : "hot day, now as cool";
+    const kinds = (values) => [
+      dots(values, 0),
+      { ...dots(values, 1), name: hot },
+      runner(faster, values, found.members),
+    ];
     const spread = found.var.map(Math.sqrt);
     const deviations = found.x.map((row, day) => row.map((value) => value - found.mean[day]));
-    const pair = (values) => [data.faster, data.slower].map((number) => runner(number, values, found.members));
+    const names = settings.trend > 0 ? ["gets faster", "gets slower"] : ["one runner", "another"];
+    const pair = (values) =>
+      [faster, slower].map((number, index) => ({ ...runner(number, values, found.members), name: names[index] }));
     report.redraw("raw", kinds(found.x));
     report.redraw("mean", [dots(found.x), everyDay(found.mean)]);
     report.redraw("variance", [dots(deviations), everyDay(spread), everyDay(spread.map((value) => -value))]);
@@ -121,10 +139,9 @@
     report.redraw("trend", [found.x, found.y, found.form].flatMap(pair));
   };
 
-  // --- The two correlations: as cards on the first screen, as a sentence, as bars beside the sliders
+  // --- The two correlations: as cards on the first screen, as bars beside the sliders
 
   const headlines = document.querySelectorAll("#raw-times .verdict .headline");
-  const sentence = document.querySelector("#who-is-improving .prose");
 
   const meter = (label, tone) => {
     const row = document.createElement("div");
@@ -138,18 +155,18 @@
   const meters = { before: meter("raw times", "bad"), after: meter("after batch norm", "good") };
   const heading = document.createElement("p");
   heading.textContent = "What they tell of each runner's form (correlation with the truth)";
-  panel.append(heading, meters.before, meters.after);
+  heading.className = "heading";
+  const why = document.createElement("p");
+  why.className = "why";
+  panel.append(heading, meters.before, meters.after, why);
   document.querySelector(".controls").prepend(panel);
 
   const showCorrelations = (found) => {
-    const [before, after] = [correlation(found.before), correlation(found.after)];
-    headlines[0].textContent = `correlation ${before}`;
-    headlines[1].textContent = `correlation ${after}`;
-    sentence.textContent =
-      `The question was who is improving. Correlation with the true form: raw times ${before}, after batch norm ${after}.`;
-    for (const [name, row] of Object.entries(meters)) {
-      row.querySelector(".value").textContent = correlation(found[name]);
-      row.querySelector(".bar span").style.width = `${100 * Math.max(0, found[name] ?? 0)}%`;
+    for (const [index, name] of ["before", "after"].entries()) {
+      const value = found[name];
+      headlines[index].textContent = value === null ? "no correlation" : `correlation ${two(value)}`;
+      meters[name].querySelector(".value").textContent = value === null ? "none" : two(value);
+      meters[name].querySelector(".bar span").style.width = `${100 * Math.max(0, value ?? 0)}%`;
     }
   };
 
@@ -158,32 +175,20 @@
   let waiting = false;
   const show = (settings) => {
     const found = season(settings);
-    // The console may ask, and so do the tests.
+    // The console may ask, and so do the tests and the scripts that follow.
     report.season = found;
     showCorrelations(found);
     showFormulas(found, settings);
+    report.tell("season", { found, settings });
     if (waiting) return;
     waiting = true;
     requestAnimationFrame(() => {
       waiting = false;
-      showPictures(report.season);
+      showPictures(report.season, report.settings());
     });
   };
 
+  Object.assign(report, { compute: season, extremes, fixed, small, sum });
   document.addEventListener("settings", ({ detail }) => show(detail));
-
-  document.addEventListener("question", ({ detail }) => {
-    const then = season(detail.before);
-    const line = document.createElement("p");
-    line.className = "numbers";
-    const spreads = (found) => two(Math.sqrt(sum(found.xhat.flat().map((value) => value * value)) / found.xhat.flat().length));
-    const words = (found) =>
-      `raw ${correlation(found.before)}, after batch norm ${correlation(found.after)}, spread of x̂ ${spreads(found)}`;
-    line.textContent = `Before: ${words(then)}. Now: ${words(report.season)}.`;
-    const seen = detail.question.querySelector(".seen");
-    seen.querySelector(".numbers")?.remove();
-    seen.append(line);
-  });
-
   show(report.settings());
 })();

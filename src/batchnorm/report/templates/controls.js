@@ -6,7 +6,8 @@
   const sliders = [...document.querySelectorAll(".slider input")];
   const narrow = matchMedia("(max-width: 64rem)");
 
-  const valueOf = (input) => (input.dataset.log === undefined ? Number(input.value) : 10 ** Number(input.value));
+  const scaled = (input, value) => (input.dataset.log === undefined ? Number(value) : 10 ** Number(value));
+  const valueOf = (input) => scaled(input, input.value);
 
   const textOf = (input) => {
     const value = valueOf(input);
@@ -22,6 +23,8 @@
   };
 
   report.settings = () => Object.fromEntries(sliders.map((input) => [input.name, valueOf(input)]));
+  // What they were when the page opened: what a question's answer is compared with.
+  report.start = () => Object.fromEntries(sliders.map((input) => [input.name, scaled(input, input.defaultValue)]));
   report.tell = (name, detail) => document.dispatchEvent(new CustomEvent(name, { detail }));
   // Values on the slider's own scale: exponents where it is logarithmic.
   report.set = (values) => {
@@ -57,12 +60,11 @@
       const chosen = Number(question.querySelector("input:checked").value);
       const right = chosen === Number(question.dataset.answer);
       const settings = JSON.parse(question.dataset.settings);
-      const before = report.settings();
       if (Object.keys(settings).length) report.set({ ...start(), ...settings });
       question.classList.toggle("right", right);
       question.classList.toggle("wrong", !right);
       question.querySelector(".outcome").textContent = right ? "You saw it coming." : "It comes out otherwise.";
-      report.tell("question", { question, before, right });
+      report.tell("question", { question, before: report.start(), right });
       question.querySelector(".seen").hidden = false;
     });
   }
