@@ -18,13 +18,14 @@ from typing import Any
 import batchnorm
 from batchnorm._files import write_whole
 from batchnorm.comparison.claims import rates_gained
-from batchnorm.comparison.dynamics_report import ROWS, changed, middle, number
+from batchnorm.comparison.dynamics_report import changed
 from batchnorm.comparison.measures import Interval
 from batchnorm.comparison.verdicts import verdicts
 from batchnorm.comparison.wording import average, words
 
 SCHEMA_VERSION = 1
 RESULTS = Path(__file__).parent / "results" / "evidence.json"
+BIKES = RESULTS.with_name("bikeshare.json")
 PAGE = Path(__file__).parent.parent / "docs" / "evidence.md"
 
 
@@ -117,7 +118,7 @@ def keep(case: Case, result: batchnorm.Comparison) -> None:
 
 def filled(page: str, cases: dict[str, Any]) -> str:
     """The page with its tables made anew; what stands outside of the markers stays."""
-    for name, table in (("outcome", outcome(cases)), ("training", training(cases))):
+    for name, table in (("outcome", outcome(cases)), ("training", training(cases)), ("bikes", bikes())):
         pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
         page, count = re.subn(
             pattern, lambda found, table=table: found[1] + table + found[2], page, flags=re.DOTALL
@@ -158,19 +159,45 @@ def sooner(found: dict[str, Any]) -> str:
     return f"{ratio.mean:.1f}× fewer ({ratio.low:.1f} to {ratio.high:.1f}){seen}"
 
 
+SHORT = {
+    "drift": "drift",
+    "shift": "‖G − G′‖",
+    "relative": "‖G − G′‖/‖G‖",
+    "cosine": "cosine of G, G′",
+    "variation": "range of the loss",
+    "change": "change of the gradient",
+    "beta": "β-smoothness",
+}
+
+
 def training(cases: dict[str, Any]) -> str:
     """The measures of the training itself."""
     names = [case for case in CASES if case.name in cases and cases[case.name]["dynamics"]]
-    head = ["network, data", "rate", *(ROWS[name] for name in ROWS)]
+    head = ["network, data, rate", *SHORT.values()]
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     for case in names:
         found = cases[case.name]["dynamics"]
-        cells = [f"{case.network}, {case.data}", f"{found['lr']:g}"]
-        for item in found["compared"]:
-            change = None if item["change"] is None else Interval(**item["change"])
-            with_, without = (number(middle(item[side])) for side in ("normalized", "plain"))
-            cells.append(f"{with_} / {without}: {changed(change, item['scale'])}")
+        changes = {item["name"]: item for item in found["compared"]}
+        cells = [f"{case.network}, {case.data}, {found['lr']:g}"]
+        for name in SHORT:
+            change = changes[name]["change"]
+            interval = None if change is None else Interval(**change)
+            cells.append(
+                changed(interval, changes[name]["scale"]).replace("no difference seen", "no difference")
+            )
         lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def bikes() -> str:
+    """Test errors of the two ways of training with the three kinds of statistics, from benchmarks/bikeshare.py."""
+    results = json.loads(BIKES.read_text(encoding="utf-8"))["results"]
+    kinds = list(dict.fromkeys(result["statistics"] for result in results))
+    lines = [f"| trained | tested with statistics: {' | '.join(kinds)} |", "|" + "---|" * (len(kinds) + 1)]
+    for way in dict.fromkeys(result["training"] for result in results):
+        found = {result["statistics"]: result for result in results if result["training"] == way}
+        cells = [f"{found[kind]['mean']:.2f} ± {found[kind]['spread']:.2f}" for kind in kinds]
+        lines.append(f"| {way} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 

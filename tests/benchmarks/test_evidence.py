@@ -14,7 +14,10 @@ import batchnorm
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "benchmarks" / "evidence.py"
-PAGE = "Before\n<!-- outcome -->\nold\n<!-- /outcome -->\nbetween\n<!-- training -->\n<!-- /training -->\nafter\n"
+MARKERS = "".join(
+    f"<!-- {name} -->\nold\n<!-- /{name} -->\nbetween\n" for name in ("outcome", "training", "bikes")
+)
+PAGE = f"Before\n{MARKERS}after\n"
 
 Main = Callable[..., None]
 
@@ -66,7 +69,7 @@ def test_every_case_is_kept_and_told(main: Main, tmp_path: Path) -> None:
     assert "old" not in page
     for text in ("Before\n", "between\n", "after\n"):
         assert text in page
-    rows = [line for line in page.splitlines() if line.startswith("| deep-mlp, digits |")]
+    rows = [line for line in page.splitlines() if line.startswith("| deep-mlp, digits")]
     assert len(rows) == 2  # in both tables
     best = stored["cases"]["deep-mlp/digits"]["best"]
     assert f"| {100 * best[0]:.1f} % | {100 * best[1]:.1f} % |" in rows[0]

@@ -12,7 +12,7 @@ from batchnorm.comparison.measures import Interval
 from batchnorm.comparison.wording import NO_DIFFERENCE
 from batchnorm.report.document import Block, Figure, Paragraph, Section, Table
 
-__all__ = ["ROWS", "changed", "middle", "number", "training_section"]
+__all__ = ["changed", "training_section"]
 
 ROWS = {
     "drift": "drift of the distribution (half widths an evaluation)",
@@ -74,7 +74,7 @@ def _smooth(found: Dynamics) -> str:
 
 def _table(found: Dynamics) -> Table:
     rows = [
-        [ROWS[item.name], number(middle(item.normalized)), number(middle(item.plain)), _change(item)]
+        [ROWS[item.name], _number(_middle(item.normalized)), _number(_middle(item.plain)), _change(item)]
         for item in found.compared
     ]
     seeds = len(found.courses) // 2
@@ -96,18 +96,18 @@ def _known(item: Compared) -> bool:
 
 
 def _pair(item: Compared) -> str:
-    with_, without = (number(middle(values)) for values in (item.normalized, item.plain))
+    with_, without = (_number(_middle(values)) for values in (item.normalized, item.plain))
     return f"{with_} with batch norm and {without} without"
 
 
-def middle(values: Sequence[float]) -> float:
+def _middle(values: Sequence[float]) -> float:
     """The geometric mean, or the plain one where a value is not positive."""
     if min(values) > 0:
         return math.exp(sum(map(math.log, values)) / len(values))
     return sum(values) / len(values)
 
 
-def number(value: float) -> str:
+def _number(value: float) -> str:
     """Two digits that count."""
     if math.isnan(value):
         return "–"
@@ -132,15 +132,17 @@ def changed(change: Interval | None, scale: str) -> str:
         return f"{size} ({span})" if change.excludes(0) else f"{NO_DIFFERENCE} ({span})"
     word, ratio = ("more", change.mean) if change.mean >= 1 else ("less", 1 / change.mean)
     if change.low is None or change.high is None:
-        return f"{ratio:.1f}× {word} in one seed"
+        return f"{_factor(ratio)}× {word} in one seed"
     if not change.excludes(1):
         return f"{NO_DIFFERENCE} ({_factor(change.low)} to {_factor(change.high)}×)"
     low, high = (change.low, change.high) if word == "more" else (1 / change.high, 1 / change.low)
-    return f"{ratio:.1f}× {word} ({_factor(low)} to {_factor(high)}×)"
+    return f"{_factor(ratio)}× {word} ({_factor(low)} to {_factor(high)}×)"
 
 
 def _factor(value: float) -> str:
-    return f"{value:.1f}" if 0.1 <= value < 100 else f"{value:.1g}" if value < 0.1 else f"{value:.0f}"
+    """Near 1 with the digit that tells it from 1."""
+    digits = 2 if 0.5 <= value < 1.5 else 1
+    return f"{value:.{digits}f}" if 0.1 <= value < 100 else f"{value:.1g}" if value < 0.1 else f"{value:.0f}"
 
 
 def _distribution(found: Dynamics) -> Figure | None:
