@@ -14,8 +14,10 @@ __all__ = ["Clock", "CpuClock", "CudaClock", "clock_for", "interleaved"]
 
 # A sample lasts at least this long, so that the clock's own cost does not count.
 SAMPLE_SECONDS = 1e-3
-# A round of one contender, as long as that allows more than one sample.
+# A round of one contender, as long as that allows more than one sample; and where a call turns out to take far longer
+# than at first, as it does on a busy machine, the round ends after three times that.
 ROUND_SECONDS = 0.03
+PATIENCE_SECONDS = 3 * ROUND_SECONDS
 MAX_SAMPLES = 12
 
 
@@ -112,14 +114,23 @@ def interleaved(
     for number in range(rounds):
         for name in list(functions)[:: -1 if number % 2 else 1]:
             function, calls = functions[name], max(1, math.ceil(SAMPLE_SECONDS / pace[name]))
-            count = min(max(round(ROUND_SECONDS / (pace[name] * calls)), 1), MAX_SAMPLES)
             function()
             before = clock.faults()
-            samples[name].append([clock.sample(function, calls) for _ in range(count)])
+            taken = _round(function, clock, calls, pace[name])
             after = clock.faults()
+            samples[name].append(taken)
             if before is not None and after is not None:
-                faults[name].append((after - before) / (count * calls))
+                faults[name].append((after - before) / (len(taken) * calls))
     return {name: _timing(samples[name], faults[name]) for name in functions}
+
+
+def _round(function: Callable[[], object], clock: Clock, calls: int, pace: float) -> list[float]:
+    """At least one sample, and more for as long as a round lasts."""
+    count = min(max(round(ROUND_SECONDS / (pace * calls)), 1), MAX_SAMPLES)
+    taken = [clock.sample(function, calls)]
+    while len(taken) < count and sum(taken) * calls < PATIENCE_SECONDS:
+        taken.append(clock.sample(function, calls))
+    return taken
 
 
 def _pace(function: Callable[[], Any], clock: Clock) -> float:
