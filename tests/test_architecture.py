@@ -87,7 +87,9 @@ def test_import_leaves_torch_alone() -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["compare", "--help"], ["env", "--help"], ["explain", "--help"]], ids=" ".join
+    "arguments",
+    [["--help"], ["bench", "--help"], ["compare", "--help"], ["env", "--help"], ["explain", "--help"]],
+    ids=" ".join,
 )
 def test_help_leaves_torch_alone(arguments: list[str]) -> None:
     code = """

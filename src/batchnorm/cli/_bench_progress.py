@@ -60,8 +60,9 @@ class BenchDisplay:
 
     def finish(self) -> None:
         """Take the bar away; harmless when called twice."""
-        with suppress(OSError):
-            self.bars.stop()
+        if self.bars.live.is_started:
+            with suppress(OSError):
+                self.bars.stop()
 
     def _print(self, line: str) -> None:
         # A log that no one reads any more, or that cannot be written, is no reason to stop the work.
