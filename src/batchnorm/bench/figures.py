@@ -28,7 +28,8 @@ def ratios(result: "Benchmark") -> list[Figure]:
 def _ratios(result: "Benchmark", rival: str) -> Figure | None:
     data: list[dict[str, Any]] = []
     every: list[float] = []
-    for (layout, memory), records in _split(result.records, rival).items():
+    shown = _shown(result)
+    for (layout, memory), records in _split(shown, rival).items():
         values = [record.ratio(TRAINING, rival) or 0.0 for record in records]
         every += values
         data.append(
@@ -41,7 +42,7 @@ def _ratios(result: "Benchmark", rival: str) -> Figure | None:
         )
     if not every:
         return None
-    sizes = [record.case.bytes for record in result.records]
+    sizes = [record.case.bytes for record in shown]
     data.append(
         {
             "type": "scatter",
@@ -73,7 +74,7 @@ def shares(result: "Benchmark") -> list[Figure]:
     """Counted bytes a second as a share of the copy's speed, ours and the first rival's, in the last memory state."""
     memory = result.settings.memory[-1]
     rival = next((group.rival for group in result.groups), None)
-    records = [record for record in result.records if record.case.memory == memory and record.times]
+    records = [record for record in _shown(result) if record.case.memory == memory and record.times]
     if rival is None or not records:
         return []
     data = []
@@ -105,6 +106,12 @@ def shares(result: "Benchmark") -> list[Figure]:
             height=400,
         )
     ]
+
+
+def _shown(result: "Benchmark") -> list[Record]:
+    """The networks' shapes; the tiny ones, a thousandth of their size, only where there are no others."""
+    tiny = [record for record in result.records if record.case.suite == "tiny"]
+    return [record for record in result.records if record not in tiny] or tiny
 
 
 def _split(records: Sequence[Record], rival: str) -> dict[tuple[str, str], list[Record]]:

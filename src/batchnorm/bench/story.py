@@ -100,7 +100,7 @@ def tell(result: "Benchmark") -> Document:
     if result.groups:
         sections.append(Section("By size", [*ratios(result), *shares(result)]))
     if large := _large(result):
-        sections.append(Section("Large tensors", [large, Paragraph(MEMORY_NOTE, small=True)]))
+        sections.append(Section("Large tensors", [*large, Paragraph(MEMORY_NOTE, small=True)]))
     sections += _details(result)
     notes = [*HOW, *([MEMORY_NOTE] if result.settings.device == "cpu" else []), _backends(result)]
     sections.append(Section("How to read this", [Paragraph(note, small=True) for note in notes if note]))
@@ -161,9 +161,13 @@ def mean_rows(
 
 def mean_columns(memory: Sequence[str]) -> list[str]:
     """The columns of `mean_rows`."""
+    return _columns(["operation", "then"], ("ratio", "worst", "share"), memory)
+
+
+def _columns(first: list[str], names: Sequence[str], memory: Sequence[str]) -> list[str]:
+    """`first`, and then `names` once for each state of the memory."""
     states = [""] if len(memory) == 1 else [f"{state.replace('-', ' ')}:\n" for state in memory]
-    names = ("ratio", "worst", "share")
-    return ["operation", "then", *(f"{state}{name}" for state in states for name in names)]
+    return [*first, *(f"{state}{name}" for state in states for name in names)]
 
 
 def _means(result: "Benchmark", kind: tuple[str, str, str], rival: str) -> Table:
@@ -182,34 +186,38 @@ def _ratio(value: float | None) -> str:
     return "–" if value is None else f"{value:.2f}"
 
 
-def _large(result: "Benchmark") -> Table | None:
-    """Training steps on tensors that no cache holds, in both states of the memory."""
-    rows = [
-        [
-            network(group.suite, group.layout, group.dtype).replace(", ", ",\n", 1),
-            f"{group.larger_than / 1e6:.0f} MB",
-            FOLLOWED[group.epilogue],
-            group.memory.replace("-", " "),
-            *([RIVAL[group.rival]] if len(_rivals(result)) > 1 else []),
-            str(group.shapes),
-            _ratio(group.ratio),
-            _ratio(group.worst),
-            percent(group.share),
-            "–" if group.faults is None else f"{group.faults:,.0f}",
-        ]
-        for group in result.groups
-        if group.larger_than and group.epilogue != ANY
+def _large(result: "Benchmark") -> list[Table]:
+    """Training steps on tensors that no cache holds, in every state of the memory."""
+    return [
+        table
+        for kind, rival in product(_kinds(result), _rivals(result))
+        if (table := _large_of(result, kind, rival)) is not None
     ]
-    if not rows:
-        return None
-    names = ["network", "over", "then", "malloc", *(["against"] if len(_rivals(result)) > 1 else [])]
-    columns = [*names, "shapes", "ratio", "worst", "share", "new\npages"]
-    return Table(
-        columns=columns,
-        rows=rows,
-        caption="Forward + backward on large tensors",
-        numeric=tuple(range(len(names), len(columns))),
-    )
+
+
+def _large_of(result: "Benchmark", kind: tuple[str, str, str], rival: str) -> Table | None:
+    found = {
+        (group.larger_than, group.epilogue, group.memory): group
+        for group in result.groups
+        if (group.suite, group.layout, group.dtype, group.rival) == (*kind, rival)
+        and group.larger_than
+        and group.epilogue != ANY
+    }
+    rows = []
+    for limit, epilogue in dict.fromkeys(key[:2] for key in found):
+        row = [f"{limit / 1e6:.0f} MB", FOLLOWED[epilogue]]
+        for state in result.settings.memory:
+            group = found.get((limit, epilogue, state))
+            if group is None:
+                row += ["–"] * 3
+                continue
+            pages = "–" if group.faults is None else f"{group.faults:,.0f}"
+            row += [_ratio(group.ratio), percent(group.share), pages]
+        rows.append(row)
+    columns = _columns(["over", "then"], ("ratio", "share", "new pages"), result.settings.memory)
+    caption = f"{network(*kind)} against {RIVAL[rival]}: fwd + bwd, new pages a call"
+    numeric = (0, *range(2, len(columns)))
+    return Table(columns=columns, rows=rows, caption=caption, numeric=numeric) if rows else None
 
 
 def _details(result: "Benchmark") -> list[Section]:
