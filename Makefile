@@ -93,7 +93,7 @@ check: $(STAMP) ## lint, format, types and import contracts
 	@$(BIN)/lint-imports
 
 .PHONY: bench
-bench: $(STAMP) ## time the layers against torch.nn and renew the table in the README (about 4 minutes)
+bench: $(STAMP) ## time the layers against torch.nn and renew the table in the README (some minutes)
 	@$(BIN)/batchnorm bench --markdown README.md
 
 .PHONY: docs

@@ -4,6 +4,7 @@ import functools
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -119,7 +120,9 @@ def test_the_hosts_time_for_a_layer() -> None:
     assert all(0 < value < 1 for value in found.values())
 
 
-def test_a_process_answers_line_by_line() -> None:
+def test_a_process_answers_line_by_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "statistics.py").write_text("raise SystemExit('not the one that was meant')")
+    monkeypatch.chdir(tmp_path)
     cases = [vars(make_case(**SMALL, suite="tiny", threads=1)), vars(make_case(shape=(8, 3), layout="rows"))]
     job = {"task": "cases", "device": "cpu", "threads": 1, "against": ["eager"], "rounds": 1, "cases": cases}
     first, second = work(job, "raised")

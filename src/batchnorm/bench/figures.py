@@ -60,7 +60,7 @@ def _ratios(result: "Benchmark", rival: str) -> Figure | None:
         id=f"ratios-{rival}",
         title=f"How many times as fast as {RIVAL[rival]}, by the size of the tensor",
         data=data,
-        layout=_layout("bytes of one tensor", "ratio of the times", {"rangemode": "tozero"}),
+        layout=_layout(sizes, "ratio of the times", {"rangemode": "tozero"}),
         alt=(
             f"Forward + backward: faster than {RIVAL[rival]} in {faster} of {len(every)} cases; ratios from "
             f"{min(every):.2f} to {max(every):.2f}."
@@ -96,7 +96,11 @@ def shares(result: "Benchmark") -> list[Figure]:
             id="shares",
             title="Share of the speed at which this machine copies memory",
             data=data,
-            layout=_layout("bytes of one tensor", "share", {"tickformat": ".0%", "rangemode": "tozero"}),
+            layout=_layout(
+                [record.case.bytes for record in records],
+                "share",
+                {"tickformat": ".0%", "rangemode": "tozero"},
+            ),
             alt=f"Forward + backward by counted bytes: ours reaches {percent(most)} of a copy's speed at most.",
             caption=(
                 "Forward + backward by counted bytes"
@@ -140,10 +144,25 @@ def _name(result: "Benchmark", layout: str, memory: str) -> str:
     return layout if len(result.settings.memory) == 1 else f"{layout}, {memory.replace('-', ' ')}"
 
 
-def _layout(x: str, y: str, yaxis: dict[str, Any]) -> dict[str, Any]:
+def _layout(sizes: Sequence[int], y: str, yaxis: dict[str, Any]) -> dict[str, Any]:
+    ticks = [step * 10**power for power in range(13) for step in (1, 2, 5)]
+    ticks = [value for value in ticks if min(sizes) / 2.5 <= value <= 2.5 * max(sizes)]
     return {
-        "xaxis": {"title": {"text": x}, "type": "log", "exponentformat": "SI", "ticksuffix": "B"},
+        "xaxis": {
+            "title": {"text": "size of one tensor"},
+            "type": "log",
+            "tickvals": ticks,
+            "ticktext": [_size(value) for value in ticks],
+        },
         "yaxis": {"title": {"text": y}, **yaxis},
         "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
         "hovermode": "closest",
     }
+
+
+def _size(value: int) -> str:
+    """20,000,000 as "20 MB"."""
+    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if value >= size:
+            return f"{value // size} {unit}"
+    return f"{value} B"

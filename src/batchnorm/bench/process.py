@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import IO, Any
 
 from batchnorm._errors import BatchNormError
@@ -18,6 +19,10 @@ __all__ = ["WorkerError", "memory_states", "work"]
 # most for the first; measured with glibc 2.36, a block of 64 MB written again costs 16,385 page faults as it is and
 # with 32 MB, and none with 1 or 4 GB. Where a libc takes less, the page faults of a result show it.
 _RAISED = {"MALLOC_MMAP_THRESHOLD_": str(4 << 30), "MALLOC_TRIM_THRESHOLD_": str(4 << 30)}
+
+# Without -P the folder of whoever asks comes first among the places of modules, and a statistics.py of theirs with it;
+# in the folder that this package lies in, it is how the package is found.
+_SAFE = () if Path.cwd() == Path(__file__).resolve().parents[2] else ("-P",)
 
 
 class WorkerError(BatchNormError, RuntimeError):
@@ -41,7 +46,7 @@ def work(job: Mapping[str, Any], memory: str = "as-is") -> Iterator[dict[str, An
     environment = {**os.environ, **(_RAISED if memory == "raised" else {})}
     with tempfile.TemporaryFile() as complaints:
         process = subprocess.Popen(
-            [sys.executable, "-m", f"{__package__}._worker"],
+            [sys.executable, *_SAFE, "-m", f"{__package__}._worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=complaints,

@@ -252,7 +252,7 @@ def _shapes(
             "shape\nand then",
             "×",
             "who",
-            "median\n(20th–80th percentile)",
+            "median\n(20th–80th %)",
             "GB/s",
             "share",
             "error",
