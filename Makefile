@@ -98,8 +98,8 @@ check: $(STAMP) ## lint, format, types and import contracts
 	@$(BIN)/lint-imports
 
 .PHONY: bench
-bench: $(STAMP) ## time the layers against torch.nn
-	@$(BIN)/python benchmarks/layers.py
+bench: $(STAMP) ## time the layers against torch.nn and renew the table in the README (some minutes)
+	@$(BIN)/batchnorm bench --markdown README.md
 
 .PHONY: docs
 docs: $(STAMP) ## the documentation site, in site/

@@ -86,8 +86,15 @@ def test_import_leaves_torch_alone() -> None:
     assert (result.stdout, result.stderr) == ("False\n", "")
 
 
+def test_the_process_that_asks_for_a_benchmark_leaves_torch_alone() -> None:
+    result = run("import sys, batchnorm.bench; print('torch' in sys.modules)")
+    assert (result.stdout, result.stderr) == ("False\n", "")
+
+
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["compare", "--help"], ["env", "--help"], ["explain", "--help"]], ids=" ".join
+    "arguments",
+    [["--help"], ["bench", "--help"], ["compare", "--help"], ["env", "--help"], ["explain", "--help"]],
+    ids=" ".join,
 )
 def test_help_leaves_torch_alone(arguments: list[str]) -> None:
     code = """

@@ -1,15 +1,11 @@
 """`remove` and `insert` on architectures of torchvision, timm and efficientnet-lite, with random weights."""
 
-import importlib
-import importlib.util
-import warnings
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
+from model_packages import package
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -17,38 +13,9 @@ import batchnorm
 
 pytestmark = pytest.mark.packages
 
-_INSTALL = "pip install --no-deps -r tests/no-deps.txt"
-# A library lives as long as its object.
-_library = torch.library.Library("torchvision", "FRAGMENT")
-
-
-def _declare_torchvision_ops() -> None:
-    """torchvision built for another torch imports once the two operators that it looks for are declared."""
-    found = importlib.util.find_spec("torchvision")
-    if found is None or found.origin is None or hasattr(torch.ops.torchvision, "nms"):
-        return
-    for binary in Path(found.origin).parent.glob("_C*.so"):
-        try:
-            torch.ops.load_library(binary)
-        except OSError:
-            continue
-        return
-    scheme = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
-    _library.define(f"nms{scheme}")
-    _library.define(f"qnms{scheme}")
-
-
-def _package(name: str) -> ModuleType:
-    _declare_torchvision_ops()
-    if importlib.util.find_spec(name) is None:
-        pytest.skip(f"{name} is not installed: {_INSTALL}")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # their import-time warnings are not about this package
-        return importlib.import_module(name)
-
 
 def _torchvision(name: str, **options: object) -> nn.Module:
-    return _package("torchvision").models.get_model(name, weights=None, **options)
+    return package("torchvision").models.get_model(name, weights=None, **options)
 
 
 def _count(model: nn.Module) -> int:
@@ -139,7 +106,7 @@ def test_training_branches_of_googlenet() -> None:
 
 
 def test_efficientnet_lite_and_its_own_convolutions() -> None:
-    model = _package("efficientnet_lite_pytorch").EfficientNet.from_name("efficientnet-lite0")
+    model = package("efficientnet_lite_pytorch").EfficientNet.from_name("efficientnet-lite0")
     removed = batchnorm.remove(model)
     assert len(removed.changed) == _count(model) == 49
     assert Counter(change.note.split(" ", 1)[1] for change in removed.changed) == {
@@ -156,8 +123,8 @@ def test_efficientnet_lite_and_its_own_convolutions() -> None:
     [("resnet18", 20, 0), ("hrnet_w18_small", 91, 0), ("efficientnet_lite0", 0, 49), ("densenet121", 0, 121)],
 )
 def test_timm(name: str, removed: int, skipped: int) -> None:
-    _package("torchvision")
-    create: Callable[..., nn.Module] = _package("timm").create_model
+    package("torchvision")
+    create: Callable[..., nn.Module] = package("timm").create_model
     model = create(name, pretrained=False)
     changes = batchnorm.remove(model)
     assert (len(changes.changed), len(changes.skipped)) == (removed, skipped)

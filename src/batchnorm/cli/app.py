@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 import batchnorm
-from batchnorm.cli import compare, env, explain
+from batchnorm.cli import bench, compare, env, explain
 
 __all__ = ["app"]
 
@@ -41,6 +41,7 @@ def options(
     context.obj = {"debug": debug}
 
 
+app.command("bench", short_help="Time the layers against PyTorch's, and check both.")(bench.command)
 app.command("compare", short_help="Train with and without batch norm, and compare.")(compare.command)
 app.command("env", short_help="Show versions, devices and backends.")(env.command)
 app.command(

@@ -1,0 +1,8 @@
+"""The layers timed against PyTorch's on real networks' shapes, and both checked against float64: `measure`."""
+
+from batchnorm.bench._measure import measure as measure
+from batchnorm.bench.progress import Progress as Progress
+from batchnorm.bench.progress import Silent as Silent
+from batchnorm.bench.result import Benchmark as Benchmark
+
+__all__ = ["Benchmark", "Progress", "Silent", "measure"]
