@@ -185,7 +185,7 @@ def test_the_best_rate_at_the_edge_is_said(data: Arrays) -> None:
     assert "is the highest rate tried" in verdict.text
 
 
-@pytest.mark.parametrize(("after", "pairs"), [(2, 1), (3, 1), (5, 2), (6, 2), (8, 3)])
+@pytest.mark.parametrize(("after", "pairs"), [(2, 1), (3, 1), (6, 3)])
 def test_ctrl_c_keeps_what_is_finished(data: Arrays, after: int, pairs: int) -> None:
     progress = Stop(after)
     found = small(data, progress=progress)
@@ -196,6 +196,16 @@ def test_ctrl_c_keeps_what_is_finished(data: Arrays, after: int, pairs: int) -> 
     assert json.loads(found.to_json())["interrupted"] is True
     assert (found.footing is None) == (pairs < 2)
     assert found.summary.seeds == (0,)
+
+
+@pytest.mark.parametrize(("after", "watched"), [(8, 0), (9, 0), (10, 1), (11, 1)])
+def test_ctrl_c_while_watching_keeps_every_pair(data: Arrays, after: int, watched: int) -> None:
+    found = small(data, progress=Stop(after))
+    assert found.interrupted
+    assert len(found.runs) == 8
+    assert found.summary.seeds == (0, 1)
+    assert len(found.dynamics.courses if found.dynamics else ()) == 2 * watched
+    assert f"watched in {watched} of 2 seeds" in found.document().incomplete
 
 
 @pytest.mark.parametrize("after", [0, 1])

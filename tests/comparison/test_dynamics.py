@@ -272,8 +272,7 @@ def result() -> Comparison:
 def test_a_comparison_watches_both_at_the_plain_networks_best_rate(result: Comparison) -> None:
     found = result.dynamics
     assert found is not None
-    plain = [run for run in result.runs if run.seed == 0 and not run.normalized]
-    assert found.lr == max(plain, key=lambda run: max(run.score)).lr
+    assert found.lr == result.summary.plain.best_lr
     assert [(item.normalized, item.seed) for item in found.courses] == [
         (False, 0), (True, 0), (False, 1), (True, 1),
     ]  # fmt: skip

@@ -14,7 +14,7 @@ from batchnorm.comparison import measures
 from batchnorm.comparison.data import Data, Loaders
 from batchnorm.comparison.footing import Footing, measure_footing
 from batchnorm.comparison.notes import dynamics_notes, method
-from batchnorm.comparison.pairs import Pair, copied, given, make_pair
+from batchnorm.comparison.pairs import Pair, copied, given
 from batchnorm.comparison.plan import Plan, make_plan
 from batchnorm.comparison.progress import Progress, Silent
 from batchnorm.comparison.record import Batch, Replay, record_test
@@ -40,7 +40,7 @@ class _Work:
         self.kept: dict[bool, tuple[nn.Module, Run]] = {}
         self.footing: Footing | None = None
         self.same_weights = False
-        self.watched: Watched = Watched()
+        self.watched: Watched | None = None
 
     def note(self, run: Run) -> None:
         """Keep a finished training; it counts once its partner is finished too."""
@@ -133,6 +133,10 @@ def _compared(plan: Plan, progress: Progress, interrupts: Interrupts) -> Compari
         )
         for seed in range(plan.seeds):
             _train_seed(plan, seed, test, work, progress)
+        if plan.dynamics:
+            lr = summarize(work.runs, plan.task.name, plan.guess(test), 1).plain.best_lr
+            work.watched = Watched(plan, lr, test)
+            work.watched.run(progress)
         interrupts.hold()
     except KeyboardInterrupt:
         interrupts.hold()
@@ -152,9 +156,7 @@ def _train_seed(plan: Plan, seed: int, test: list[Batch], work: _Work, progress:
     replay = plan.batches(seed)
     first = next(iter(replay))[0]
     before = work.pair
-    targets = _targets(plan.data, replay, test)
-    outputs, lowest = plan.task.outputs(targets), plan.task.lowest(targets)
-    pair = make_pair(plan.factory, first[:2], plan.task, outputs, seed, plan.device, lowest=lowest)
+    pair = plan.pair(seed, replay, test)
     if seed == 0:
         work.pair, work.dropped = pair, replay.dropped
         if _small(pair, first):
@@ -170,8 +172,6 @@ def _train_seed(plan: Plan, seed: int, test: list[Batch], work: _Work, progress:
     if seed == 0:
         work.footing = _footing(work, pair, replay, seed)
         work.kept.clear()
-    if plan.dynamics:
-        work.watched.add(plan, seed, pair, replay, test, work.runs, progress)
 
 
 def _footing(work: _Work, pair: Pair, replay: Replay, seed: int) -> Footing | None:
@@ -248,20 +248,14 @@ def _result(plan: Plan, work: _Work, test: list[Batch], interrupted: bool, threa
         device=str(plan.device),
     )
     notes = method(setup, summary, plan.data, work.pair, work.dropped, work.footing, work.same_weights)
-    seen = work.watched.result()
-    notes += dynamics_notes(seen, work.watched.why_not)
+    seen, why_not = (None, "") if work.watched is None else (work.watched.result(), work.watched.why_not)
+    notes += dynamics_notes(seen, why_not)
     facts = _facts(plan.device, threads)
     return Comparison(setup, tuple(work.runs), summary, work.footing, seen, notes, interrupted, facts)
 
 
 def _samples(data: Data | Loaders) -> tuple[int, int] | None:
     return (len(data.x_train), len(data.x_test)) if isinstance(data, Data) else None
-
-
-def _targets(data: Data | Loaders, replay: Replay, test: list[Batch]) -> list[Tensor]:
-    if isinstance(data, Data):
-        return [data.y_train, data.y_test]
-    return [*replay.y, *(part for _, part in test)]
 
 
 def _small(pair: Pair, batch: Tensor) -> bool:

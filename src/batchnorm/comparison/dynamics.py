@@ -130,7 +130,7 @@ class Dynamics:
     """The two networks during training, both at the same learning rate.
 
     Args:
-        lr: learning rate of both: the one at which the first seed's plain network scores best.
+        lr: learning rate of both: the one at which the plain network scores best.
         place: where the distribution was looked at, in words.
         layers: the layers at which the shift of the gradient was measured, as the network with batch norm calls them.
         courses: the watched trainings, without and with batch norm for each seed.

@@ -52,7 +52,7 @@ def dynamics_notes(dynamics: Dynamics | None, why_not: str) -> tuple[str, ...]:
     lengths = ", ".join(f"{length:g}" for length in STEP_LENGTHS)
     return (
         f"During training: both networks of every seed were trained once more at the learning rate {dynamics.lr:g}, at "
-        "which the first seed's plain network scored best, on the same batches. The distribution is that of "
+        "which the plain network scores best, on the same batches. The distribution is that of "
         f"{dynamics.place}, in train mode, for the same {SAMPLES} test samples (or all, if there are fewer) at every "
         "evaluation; without batch norm that of the same place. The figure shows the channel whose drift is the middle "
         "one. Drift is the root mean square of the median's moves from one evaluation to the next, in units of half "

@@ -12,6 +12,7 @@ from torch import nn
 from batchnorm._errors import InputError, InputTypeError, message
 from batchnorm.comparison.data import Data, Loaders
 from batchnorm.comparison.networks import RELU_RATES, network
+from batchnorm.comparison.pairs import Pair, make_pair
 from batchnorm.comparison.record import Batch, Replay, draw_batches, record_loader
 from batchnorm.comparison.resolve import resolve_data
 from batchnorm.comparison.tasks import Task, task_named
@@ -55,6 +56,16 @@ class Plan:
     def task(self) -> Task:
         """What is learned."""
         return task_named(self.data.task)
+
+    def pair(self, seed: int, replay: Replay, test: Sequence[Batch]) -> Pair:
+        """The two networks of a seed, untrained; `replay` are its batches."""
+        data = self.data
+        targets = (
+            [data.y_train, data.y_test] if isinstance(data, Data) else [*replay.y, *(y for _, y in test)]
+        )
+        outputs, lowest = self.task.outputs(targets), self.task.lowest(targets)
+        sample = next(iter(replay))[0][:2]
+        return make_pair(self.factory, sample, self.task, outputs, seed, self.device, lowest=lowest)
 
     def guess(self, test: Sequence[Batch]) -> float:
         """The score of the best answer that does not look at the input."""

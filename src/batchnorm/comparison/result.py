@@ -101,6 +101,12 @@ class Comparison(Reported):
         if not self.interrupted:
             return ""
         total = len(self.setup.lrs) * self.setup.seeds
+        if len(self.runs) == 2 * total:
+            watched = 0 if self.dynamics is None else len(self.dynamics.courses) // 2
+            return (
+                "Interrupted after the last pair of trainings: what happens during training was watched in "
+                f"{watched} of {self.setup.seeds} seeds."
+            )
         finished = f"{len(self.runs) // 2} of {total} pairs of trainings are finished"
         seeds = len(self.summary.seeds)
         return f"Interrupted: {finished}; the figures rest on {seeds} seed{'s' if seeds > 1 else ''}."
