@@ -128,11 +128,11 @@ def layer_batch_norm(
     if mask is not None:
         mask = _expand_mask(input, mask)
     call = ops.call_of(input, training, activation, residual is not None, mask is not None)
-    name = ops.choose(call, backend)
+    name = ops.choose(call, backend, not training and ops.is_traced(input))
     if not ops.is_jit_tracing():  # there a size is a tensor, and a check on it is a warning
         _check_per_channel(
             input,
-            name == "aten",
+            name in ("aten", "cpu"),
             running_mean=running_mean,
             running_var=running_var,
             weight=weight,

@@ -39,12 +39,11 @@ INLINE bool is_on(W z) {
 // g = dy·act'(z)
 template <Act A, class W>
 INLINE W gate(W dy, W z, W slope) {
-  if constexpr (A == Act::relu) return z <= 0 ? W(0) : dy;
-  if constexpr (A == Act::relu6) return z <= 0 ? W(0) : z >= 6 ? W(0) : dy;
-  if constexpr (A == Act::leaky_relu) return z > 0 ? dy : dy * slope;
+  if constexpr (A == Act::relu || A == Act::relu6) return blend(is_on<A>(z), dy, W(0));
+  if constexpr (A == Act::leaky_relu) return blend(is_on<A>(z), dy, dy * slope);
   if constexpr (A == Act::hardswish) {
     const W inner = dy * (z / 3 + W(0.5));
-    return z <= -3 ? W(0) : z < 3 ? inner : dy;
+    return blend(z <= -3, W(0), blend(z < 3, inner, dy));
   }
   if constexpr (A == Act::silu) {
     const W sigmoid = 1 / (1 + std::exp(-z));

@@ -29,7 +29,7 @@ struct Element {
     d = (widen(x) - high) - low;
     g = widen(dy);
     if constexpr (F == From::bits) {
-      g = on ? g : leaks ? g * slope : Wide<T>(0);
+      g = blend(on, g, blend(leaks, g * slope, Wide<T>(0)));
     } else if constexpr (A != Act::none) {
       Wide<T> z = d * scale + bias;
       if constexpr (F == From::residual) z += widen(*residual);

@@ -61,6 +61,23 @@ INLINE float float_of(uint32_t bits) {
   return value;
 }
 
+// on ? a : b by masks. Written as a choice, gcc turns it into a jump as soon as b makes what follows simpler, and a
+// loop with a jump does not vectorise.
+INLINE float blend(bool on, float a, float b) {
+  const uint32_t mask = 0u - static_cast<uint32_t>(on);
+  return float_of((bits_of(a) & mask) | (bits_of(b) & ~mask));
+}
+
+INLINE double blend(bool on, double a, double b) {
+  const uint64_t mask = uint64_t{0} - static_cast<uint64_t>(on);
+  uint64_t x, y;
+  std::memcpy(&x, &a, 8);
+  std::memcpy(&y, &b, 8);
+  x = (x & mask) | (y & ~mask);
+  std::memcpy(&a, &x, 8);
+  return a;
+}
+
 INLINE double widen(double x) { return x; }
 INLINE float widen(float x) { return x; }
 INLINE float widen(BFloat16 x) { return float_of(static_cast<uint32_t>(x.bits) << 16); }
