@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from types import ModuleType
 from typing import NamedTuple
 
@@ -169,6 +170,7 @@ def call_of(
     return Call(input.device.type, input.dtype, training, activation, residual, mask, groups)
 
 
+@lru_cache(maxsize=1024)
 def choose(call: Call, backend: str | None, traced: bool = False) -> str:
     """The name of the backend that runs `call`: the one asked for, or the first that does not refuse.
 

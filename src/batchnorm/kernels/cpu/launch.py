@@ -147,7 +147,7 @@ def train_forward(
         )  # fmt: skip
         y, bits = _forward(input, weight, bias, residual, eps, activation, slope, addresses, moves)
         # Autograd must notice that they changed.
-        torch.autograd.graph.increment_version(
+        torch._C._increment_version(
             (running_mean, running_var) if tracked is None else (running_mean, running_var, tracked)
         )
         return y, bits, statistics

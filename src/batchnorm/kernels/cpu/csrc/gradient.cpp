@@ -128,6 +128,23 @@ double first_gradient(const Job<T>& job, int64_t e, int64_t j) {
   return std::isfinite(g) ? g : 0;
 }
 
+INLINE void add_all(int64_t channels, int64_t stride, const double* RESTRICT from, double* RESTRICT to) {
+  if (stride == 1)
+    for (int64_t c = 0; c < channels; ++c) to[c] += from[c];
+  else
+    for (int64_t c = 0; c < channels; ++c) to[c] += from[c * stride];
+}
+
+CLONES void add_channels(const View& v, int64_t first, int64_t last, int64_t size, const double* partial,
+                         GradientSums out) {
+  for (int64_t c = first; c < last; ++c) out.g[c] = out.d[c] = out.gd[c] = 0;
+  for_partials(v, first, [&](int64_t, int64_t at, int64_t stride) INLINE_LAMBDA {
+    add_all(last - first, stride, partial + at, out.g + first);
+    add_all(last - first, stride, partial + size + at, out.d + first);
+    add_all(last - first, stride, partial + 2 * size + at, out.gd + first);
+  });
+}
+
 template <class T, Act A, From F>
 void sums(const Job<T>& job, GradientSums out) {
   const View& v = job.v;
@@ -138,7 +155,7 @@ void sums(const Job<T>& job, GradientSums out) {
     out.shift[c] = first_gradient<T, A, F>(job, v.first(c), v.planes ? c : v.first(c));
   const double* shift = out.shift;
   if (!v.planes) {
-    for (int64_t l = 0; l < lanes; ++l) lane_shift[l] = out.shift[v.channel(l)];
+    v.spread(out.shift, lane_shift.get());
     shift = lane_shift.get();
   }
   const int64_t tiles = v.tiles();
@@ -160,16 +177,7 @@ void sums(const Job<T>& job, GradientSums out) {
   }
   const int64_t channel_tiles = (v.channels + tile - 1) / tile;
   for_blocks(channel_tiles, size, false, [&](int64_t t) {
-    const int64_t first = t * tile, last = std::min(v.channels, first + tile);
-    for (int64_t c = first; c < last; ++c) out.g[c] = out.d[c] = out.gd[c] = 0;
-    for_partials(v, first, [&](int64_t, int64_t at, int64_t stride) {
-      for (int64_t c = first; c < last; ++c) {
-        const int64_t i = at + (c - first) * stride;
-        out.g[c] += g[i];
-        out.d[c] += d[i];
-        out.gd[c] += gd[i];
-      }
-    });
+    add_channels(v, t * tile, std::min(v.channels, (t + 1) * tile), size, partial.get(), out);
   });
 }
 

@@ -40,15 +40,15 @@ INLINE void add(const T* x, int64_t stride, int64_t rows, int64_t lanes, const d
   for (; r < rows; ++r) add_rows<1, Same>(x + r * stride, stride, lanes, shift, sum, square);
 }
 
-// Chan, Golub and LeVeque: (12) of docs/math.md. a and b hold `na` and `nb` values.
-INLINE void merge(double na, double nb, double mean_b, double m2_b, double& mean, double& m2) {
-  const double n = na + nb, delta = mean_b - mean;
-  mean += delta * (nb / n);
-  m2 += m2_b + delta * delta * (na * nb / n);
+// Chan, Golub and LeVeque: (12) of docs/math.md, with share = n_b/n and between = n_a·n_b/n.
+INLINE void merge(double share, double between, double mean_b, double m2_b, double& mean, double& m2) {
+  const double delta = mean_b - mean;
+  mean += delta * share;
+  m2 += m2_b + delta * delta * between;
 }
 
-INLINE double about_mean(double square, double sum, double n) {
-  const double m2 = square - sum * (sum / n);
+INLINE double about_mean(double square, double sum, double per_n) {
+  const double m2 = square - sum * (sum * per_n);
   return m2 < 0 ? 0 : m2;  // NaN stays
 }
 
@@ -73,8 +73,9 @@ CLONES void lanes_block(const T* RESTRICT x, int64_t stride, int64_t rows, int64
     }
     add<false>(first, stride, n, lanes, shift, sum, square);
     const double na = static_cast<double>(start), nb = static_cast<double>(n), per_n = 1.0 / nb;
+    const double share = nb / (na + nb), between = na * share;
     for (int64_t l = 0; l < lanes; ++l)
-      merge(na, nb, (shift[l] - base[l]) + sum[l] * per_n, about_mean(square[l], sum[l], nb), mean[l], m2[l]);
+      merge(share, between, (shift[l] - base[l]) + sum[l] * per_n, about_mean(square[l], sum[l], per_n), mean[l], m2[l]);
   }
 }
 
@@ -112,18 +113,26 @@ CLONES void run_block(const T* RESTRICT x, const View& v, int64_t strip, int64_t
   }
   const double n = static_cast<double>(v.strip_count(strip));
   *mean = (shift - base) + a / n;
-  *m2 = about_mean(b, a, n);
+  *m2 = about_mean(b, a, 1 / n);
+}
+
+INLINE void merge_all(int64_t channels, double share, double between, int64_t stride, const double* RESTRICT mean_b,
+                      const double* RESTRICT m2_b, double* RESTRICT mean, double* RESTRICT m2) {
+  if (stride == 1)
+    for (int64_t c = 0; c < channels; ++c) merge(share, between, mean_b[c], m2_b[c], mean[c], m2[c]);
+  else
+    for (int64_t c = 0; c < channels; ++c)
+      merge(share, between, mean_b[c * stride], m2_b[c * stride], mean[c], m2[c]);
 }
 
 // Merges the partials of the channels [first, last); means are relative to the channel's base.
-CLONES void merge_channels(const View& v, int64_t first, int64_t last, const double* RESTRICT means,
-                           const double* RESTRICT m2s, double* RESTRICT mean, double* RESTRICT m2) {
+CLONES void merge_channels(const View& v, int64_t first, int64_t last, const double* means, const double* m2s,
+                           double* mean, double* m2) {
   for (int64_t c = first; c < last; ++c) mean[c] = m2[c] = 0;
   double seen = 0;
   for_partials(v, first, [&](int64_t count, int64_t at, int64_t stride) INLINE_LAMBDA {
-    const double n = static_cast<double>(count);
-    for (int64_t c = first; c < last; ++c)
-      merge(seen, n, means[at + (c - first) * stride], m2s[at + (c - first) * stride], mean[c], m2[c]);
+    const double n = static_cast<double>(count), share = n / (seen + n);
+    merge_all(last - first, share, seen * share, stride, means + at, m2s + at, mean + first, m2 + first);
     seen += n;
   });
 }
@@ -135,7 +144,7 @@ void moments_of(const T* x, const View& v, Statistics out) {
   Scratch<double> means((strips + 1) * lanes), m2s((strips + 1) * lanes);
   for (int64_t c = 0; c < v.channels; ++c) base[c] = widen(x[v.first(c)]);
   if (!v.planes) {
-    for (int64_t l = 0; l < lanes; ++l) lane_base[l] = base[v.channel(l)];
+    v.spread(base.get(), lane_base.get());
     // The tail: one value a lane.
     for (int64_t l = 0; l < v.tail; ++l) {
       means[strips * lanes + l] = widen(x[v.rows * v.width + l]) - lane_base[l];

@@ -37,9 +37,17 @@ struct View {
     tail = elements % width;
   }
 
+  // Per-channel values for every lane, without a division for each.
+  template <class W>
+  void spread(const double* values, W* lanes) const {
+    const int64_t distinct = std::min(width, channels * inner);
+    for (int64_t c = 0, lane = 0; lane < distinct; ++c)
+      for (int64_t i = 0; i < inner; ++i) lanes[lane++] = static_cast<W>(values[c]);
+    for (int64_t lane = distinct; lane < width; ++lane) lanes[lane] = lanes[lane - distinct];
+  }
+
   int64_t count() const { return channels ? elements / channels : 0; }  // a channel's elements
   int64_t coefficients() const { return planes ? channels : width; }
-  int64_t channel(int64_t lane) const { return planes ? lane : (lane / inner) % channels; }
   // The first element of a channel.
   int64_t first(int64_t c) const { return c * inner; }
 
@@ -80,14 +88,14 @@ INLINE void for_runs(const View& v, int64_t strip, int64_t c, const Run& run) {
 // partial result of channel c lies at `at` + (c − first)·stride among the partials of `v.strips()` strips of
 // `v.coefficients()` each (and one strip more for the tail), and stands for `count` elements.
 template <class Step>
-void for_partials(const View& v, int64_t first, const Step& step) {
+INLINE void for_partials(const View& v, int64_t first, const Step& step) {
   const int64_t lanes = v.coefficients();
   if (v.planes) {
     for (int64_t strip = 0; strip < v.strips(); ++strip) step(v.strip_count(strip), strip * lanes + first, int64_t{1});
     return;
   }
   const int64_t period = std::max<int64_t>(1, v.channels * v.inner);
-  const auto row = [&](int64_t at, int64_t length, int64_t count) {
+  const auto row = [&](int64_t at, int64_t length, int64_t count) INLINE_LAMBDA {
     for (int64_t repeat = 0; repeat < length / period; ++repeat)
       for (int64_t i = 0; i < v.inner; ++i) step(count, at + repeat * period + first * v.inner + i, v.inner);
   };
