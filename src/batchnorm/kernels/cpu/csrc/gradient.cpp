@@ -117,14 +117,26 @@ CLONES void run_sums(const Job<T>& job, int64_t strip, int64_t c, const double* 
   }
 }
 
-// The g of a channel's first element: any of its values will do, because one of n values is within σ·√n of their
-// mean, and an offset of the gradient then reaches the product with d cancelled.
+// A value near a channel's g, so that an offset of the gradient reaches the product with d cancelled. Any one of n
+// values will do, being within σ·√n of their mean. In float64, where sums have no digits to spare, the mean of 16.
 template <class T, Act A, From F>
-double first_gradient(const Job<T>& job, int64_t e, int64_t j) {
-  const bool on = F == From::bits && (job.bits[e / 8] >> (e % 8) & 1);
-  const Element<T, A, F> one(job.x[e], job.dy[e], F == From::residual ? job.residual + e : nullptr, on, job.high[j],
-                             job.low[j], job.scale[j], job.bias[j], job.slope, job.leaks);
-  const double g = one.g;
+double near_gradient(const Job<T>& job, int64_t c) {
+  const View& v = job.v;
+  const int64_t first = v.first(c), j = v.planes ? c : first;
+  const int64_t step = v.planes ? 1 : std::max<int64_t>(1, v.channels * v.inner);
+  const int64_t most = v.planes ? v.inner : v.elements / step;
+  const int64_t count = std::min<int64_t>(most, std::is_same_v<T, double> ? 16 : 1);
+  double start = 0, rest = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t e = first + i * step;
+    const bool on = F == From::bits && (job.bits[e / 8] >> (e % 8) & 1);
+    const Element<T, A, F> one(job.x[e], job.dy[e], F == From::residual ? job.residual + e : nullptr, on, job.high[j],
+                               job.low[j], job.scale[j], job.bias[j], job.slope, job.leaks);
+    const double g = one.g;
+    if (i == 0) start = g;
+    rest += g - start;
+  }
+  const double g = start + rest / static_cast<double>(count);
   return std::isfinite(g) ? g : 0;
 }
 
@@ -151,8 +163,7 @@ void sums(const Job<T>& job, GradientSums out) {
   const int64_t lanes = v.coefficients(), strips = v.strips(), size = (strips + 1) * lanes;
   Scratch<double> partial(3 * size), lane_shift(v.planes ? 0 : lanes);
   double *g = partial.get(), *d = g + size, *gd = d + size;
-  for (int64_t c = 0; c < v.channels; ++c)
-    out.shift[c] = first_gradient<T, A, F>(job, v.first(c), v.planes ? c : v.first(c));
+  for (int64_t c = 0; c < v.channels; ++c) out.shift[c] = near_gradient<T, A, F>(job, c);
   const double* shift = out.shift;
   if (!v.planes) {
     v.spread(out.shift, lane_shift.get());

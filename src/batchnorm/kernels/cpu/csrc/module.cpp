@@ -143,10 +143,17 @@ void eval_forward(INPUT, PARAMETERS, Address residual, Address y, Address bits, 
 
 // The pre-activation x̂·weight + bias + residual of a training step, from its statistics.
 void preactivation(INPUT, PARAMETERS, Address residual, Address z, double eps, Address mean, Address var) {
-  Scratch<double> invstd(c);
+  const Input in = input(dtype, last, n, c, s, x);
+  Scratch<double> memory(4 * c);
+  double *invstd = memory.get(), *low = nullptr;
+  const double* center = to<double>(mean);
   for (int64_t i = 0; i < c; ++i) invstd[i] = 1 / std::sqrt(to<double>(var)[i] + eps);
-  normalize_(dtype, last, n, c, s, x, weight, weight_dtype, bias, bias_dtype, residual, z, 0, 0, 0, mean,
-             reinterpret_cast<Address>(invstd.get()));
+  if (in.dtype == DType::f64) {  // as in `backward`
+    low = invstd + c;
+    moments(in, {invstd + 2 * c, low, invstd + 3 * c});
+    center = invstd + 2 * c;
+  }
+  normalize(in, {{center, low, invstd, WEIGHTS}, to<void>(residual), to<void>(z), nullptr, Act::none, 0});
 }
 
 #define GRADIENT                                                                                            \
