@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 from types import ModuleType
 from typing import NamedTuple
 
@@ -170,12 +169,24 @@ def call_of(
     return Call(input.device.type, input.dtype, training, activation, residual, mask, groups)
 
 
-@lru_cache(maxsize=1024)
+_chosen: dict[tuple[Call, str | None, bool], str] = {}
+
+
 def choose(call: Call, backend: str | None, traced: bool = False) -> str:
     """The name of the backend that runs `call`: the one asked for, or the first that does not refuse.
 
     Eval mode that is `traced` goes to aten, so that exported programs hold no operator of ours.
     """
+    if torch.compiler.is_compiling():
+        return _choose(call, backend, traced)
+    # Kept: it is a question of some dozen kinds of call, and asking costs 1.5 µs. (Not by lru_cache: the compiler warns.)
+    name = _chosen.get((call, backend, traced))
+    if name is None:
+        name = _chosen[call, backend, traced] = _choose(call, backend, traced)
+    return name
+
+
+def _choose(call: Call, backend: str | None, traced: bool) -> str:
     if backend is None:
         if traced and not call.training and call.groups == 1:
             return "aten"
