@@ -179,7 +179,7 @@ def choose(call: Call, backend: str | None, traced: bool = False) -> str:
     """
     if torch.compiler.is_compiling():
         return _choose(call, backend, traced)
-    # Kept: it is a question of some dozen kinds of call, and asking costs 1.5 µs. (Not by lru_cache: the compiler warns.)
+    # Kept: there are some dozen kinds of call, and asking costs 1.5 µs. Not by lru_cache: the compiler warns of it.
     name = _chosen.get((call, backend, traced))
     if name is None:
         name = _chosen[call, backend, traced] = _choose(call, backend, traced)
