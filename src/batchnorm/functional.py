@@ -128,11 +128,11 @@ def layer_batch_norm(
     if mask is not None:
         mask = _expand_mask(input, mask)
     call = ops.call_of(input, training, activation, residual is not None, mask is not None)
-    name = ops.choose(call, backend)
+    name = ops.choose(call, backend, not training and ops.is_traced(input))
     if not ops.is_jit_tracing():  # there a size is a tensor, and a check on it is a warning
         _check_per_channel(
             input,
-            name == "aten",
+            name == "aten" or (name == "cpu" and backend is None),
             running_mean=running_mean,
             running_var=running_var,
             weight=weight,
@@ -181,9 +181,25 @@ def _check_input(input: Tensor, dimensions: tuple[int, ...] | None) -> None:
         )
 
 
+def _fits(input: Tensor, per_channel: dict[str, Tensor | None]) -> bool:
+    """Whether all is as in the usual call: seen at a fifth of the price of saying what is wrong."""
+    shape, dtype, device = (input.shape[1],), input.dtype, input.device
+    for tensor in per_channel.values():
+        if tensor is not None and not (
+            isinstance(tensor, Tensor)
+            and tensor.dtype is dtype
+            and tensor.shape == shape
+            and tensor.device == device
+        ):
+            return False
+    return True
+
+
 def _check_per_channel(input: Tensor, same_dtype: bool, **per_channel: Tensor | None) -> None:
     """One value a channel on the input's device; with `same_dtype`, by PyTorch's rule for dtypes, too."""
     channels, dtype, device = input.shape[1], input.dtype, input.device
+    if same_dtype and _fits(input, per_channel):
+        return
     for name, tensor in per_channel.items():
         if tensor is None:
             continue

@@ -90,11 +90,13 @@ def test_output_and_gradients(
         room = {name: 10 * value for name, value in room.items()}  # the oracle has erf in float64 only
     if backend is None and not (masked and training):
         # PyTorch's own composition rounds between batch norm, residual and activation: its error is the measure.
+        # silu and gelu are PyTorch's operators on float32 here, too, in another order.
+        factor = 3 if activation in ("silu", "gelu") else 1.5
         torchs = composition(given, running, activation)
         other = torch.autograd.grad(torchs, [given[name] for name in wanted], dy)
-        room["output"] = max(room["output"], 1.5 * error(torchs, expected.output))
+        room["output"] = max(room["output"], factor * error(torchs, expected.output))
         for name, value in zip(wanted, other, strict=True):
-            room[name] = max(room[name], 1.5 * error(value, truth[name]))
+            room[name] = max(room[name], factor * error(value, truth[name]))
     assert y.dtype == dtype
     assert error(y, expected.output) <= room["output"]
     for name, gradient in gradients.items():

@@ -1,4 +1,4 @@
-"""How exact the reference backend is: measured against longdouble, held to what the package promises."""
+"""How exact the reference and the CPU kernels are: measured against longdouble, held to what the package promises."""
 
 import itertools
 from collections.abc import Iterator
@@ -9,9 +9,20 @@ from helpers import EXACT, error, lay_out, leaf, moved, oracle, real, same_bits,
 from torch import Tensor
 
 import batchnorm
+from batchnorm.kernels import cpu
 
 LAYOUTS = {"rows": (300, 4), "contiguous": (3, 4, 10, 10), "channels_last": (3, 4, 10, 10)}
 NAMES = ("output", "grad_input", "grad_weight", "grad_bias")
+
+
+BACKEND = "reference"
+
+
+@pytest.fixture(params=["reference", "cpu"], autouse=True)
+def _backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "cpu" and not cpu.available():
+        pytest.skip(cpu.why_not())
+    monkeypatch.setattr(request.module, "BACKEND", request.param)
 
 
 def draw(layout: str) -> Tensor:
@@ -37,7 +48,7 @@ def held(
     start = (torch.zeros(channels), torch.ones(channels))
     running = (start[0].clone(), start[1].clone())
     leaves = [leaf(x), leaf(weight), leaf(bias)]
-    call = {"activation": activation, "negative_slope": 0.2, "backend": "reference"}
+    call = {"activation": activation, "negative_slope": 0.2, "backend": BACKEND}
     y = batchnorm.batch_norm(leaves[0], *running, *leaves[1:], True, 0.3, eps, **call)
     results = (y, *torch.autograd.grad(y, leaves, dy))
     for name, result in zip(NAMES, results, strict=True):
@@ -111,7 +122,7 @@ def test_constant_channel_gives_exactly_the_bias(rows: int, value: float, dtype:
     weight, bias = leaf(torch.tensor([3.3, 2]).to(dtype)), leaf(torch.tensor([0.7, -1]).to(dtype))
     running = (torch.zeros(2), torch.ones(2))
     for stats, training in (((None, None), True), (running, True)):
-        y = batchnorm.batch_norm(x, *stats, weight, bias, training, backend="reference")
+        y = batchnorm.batch_norm(x, *stats, weight, bias, training, backend=BACKEND)
         assert (y[:, 0] == bias[0]).all()
         dy = torch.randn(rows, 2).to(dtype)
         gradients = torch.autograd.grad(y, [x, weight], dy)
@@ -128,7 +139,7 @@ def test_eval_far_from_zero(dtype: torch.dtype) -> None:
     x, dy = (torch.randn(50, 2) + mean).to(dtype), torch.randn(50, 2, dtype=dtype)
     weight, bias = torch.rand(2, 2, dtype=dtype) + 0.5
     a, w = leaf(x), leaf(weight)
-    y = batchnorm.batch_norm(a, mean, var, w, bias, backend="reference")
+    y = batchnorm.batch_norm(a, mean, var, w, bias, backend=BACKEND)
     expected = oracle(x, dy, weight=weight, bias=bias, running=(mean, var))
     gradients = torch.autograd.grad(y, [a, w], dy)
     assert error(y, expected.output) <= EXACT[dtype]
@@ -139,7 +150,7 @@ def test_eval_far_from_zero(dtype: torch.dtype) -> None:
 def test_exact_normalization_uses_the_biased_and_running_var_the_unbiased_variance() -> None:
     x = torch.tensor([[0.0], [0.0], [3.0]], dtype=torch.float64)  # variance 2 biased, 3 unbiased
     running = (torch.zeros(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64))
-    y = batchnorm.batch_norm(x, *running, training=True, momentum=1.0, eps=1e-30, backend="reference")
+    y = batchnorm.batch_norm(x, *running, training=True, momentum=1.0, eps=1e-30, backend=BACKEND)
     assert running[1].item() == pytest.approx(3, rel=1e-15)
     assert running[0].item() == pytest.approx(1, rel=1e-15)
     assert y[2].item() == pytest.approx(2**0.5, rel=1e-15)

@@ -17,7 +17,7 @@ OURS = {
 }
 TORCHS = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-BACKENDS = [None, "reference"]
+BACKENDS = [None, "aten", "reference"]
 SHAPES = [
     (7, 3),
     (5, 1),

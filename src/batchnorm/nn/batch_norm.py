@@ -1,7 +1,7 @@
 """BatchNorm1d, 2d and 3d."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
@@ -24,6 +24,14 @@ else:
     _Base = object
 
 NonFinite = Literal["propagate", "skip"]
+
+
+def _own(held: Mapping[str, Tensor | None], name: str, module: Module) -> Tensor | None:
+    """A parameter or buffer straight from the module's dictionary, if it is there: as an attribute it costs 0.5 µs."""
+    try:
+        return held[name]
+    except KeyError:
+        return getattr(module, name)  # type: ignore[no-any-return]
 
 
 class Extras(_Base):
@@ -64,17 +72,21 @@ class Extras(_Base):
         """y = act(batch norm(input) + residual); see the class."""
         if self._checks_itself:
             self._check_input_dim(input)  # type: ignore[no-untyped-call]
-        tracked = not self.training or self.track_running_stats
-        running_mean = self.running_mean if tracked else None
-        running_var = self.running_var if tracked else None
+        training, tracking = self.training, self.track_running_stats
+        running_mean = running_var = counter = None
+        if not training or tracking:
+            running_mean = _own(self._buffers, "running_mean", self)
+            running_var = _own(self._buffers, "running_var", self)
+        if training and tracking:
+            counter = _own(self._buffers, "num_batches_tracked", self)
         return layer_batch_norm(
             input,
             running_mean,
             running_var,
-            self.num_batches_tracked if self.training and self.track_running_stats else None,
-            self.weight,
-            self.bias,
-            self.training or (running_mean is None and running_var is None),
+            counter,
+            _own(self._parameters, "weight", self),
+            _own(self._parameters, "bias", self),
+            training or (running_mean is None and running_var is None),
             self.momentum,
             self.eps,
             self.activation,

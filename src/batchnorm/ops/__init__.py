@@ -20,6 +20,7 @@ from batchnorm.ops.backends import (
     check_name,
     choose,
     explain_backend,
+    kernels_of,
 )
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "choose",
     "explain_backend",
     "is_jit_tracing",
+    "is_traced",
     "normalize",
     "train",
 ]
@@ -48,6 +50,11 @@ def _is_traced(input: Tensor) -> bool:
         or type(input) not in (Tensor, torch.nn.Parameter)
         or is_jit_tracing()
     )
+
+
+def is_traced(input: Tensor) -> bool:
+    """Whether anything but plain execution looks on: a compiler, an export, a function transform, a mode."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or _is_traced(input)
 
 
 def _refuse_shared_buffers(mean: Tensor, running_mean: Tensor) -> None:
@@ -78,6 +85,10 @@ def train(
     backend: str,
 ) -> Tensor:
     """Normalize by the batch's own statistics, and update the running ones and their counter."""
+    if backend == "cpu" and not is_traced(input):
+        return eager.train(
+            kernels_of(backend), input, weight, bias, residual, running, eps, activation, slope
+        )
     if running is not None and running.num_batches_tracked is not None:
         running.num_batches_tracked.add_(1)
     if backend == "aten":
@@ -118,6 +129,10 @@ def normalize(
         return aten.batch_norm(
             input, running_mean, running_var, None, weight, bias, residual, mask, eps, activation, slope
         )
+    if backend == "cpu" and not is_traced(input):
+        return eager.evaluate(
+            kernels_of(backend), input, weight, bias, residual, running_mean, running_var, eps, activation, slope
+        )  # fmt: skip
     wide = torch.float32 if input.device.type == "mps" else torch.float64
     # Copies: training may move the buffers before the backward of this call.
     mean, var = running_mean.to(wide, copy=True)[None], running_var.to(wide, copy=True)[None]

@@ -11,6 +11,8 @@ from torch import Tensor
 from batchnorm import reference
 from batchnorm._activations import activation_named
 from batchnorm._errors import BackendError, InputError, InputTypeError, message
+from batchnorm.kernels import cpu
+from batchnorm.kernels.cpu import launch
 
 __all__ = [
     "BACKENDS",
@@ -80,6 +82,30 @@ class BackendChoice:
         return "\n".join(lines)
 
 
+_CPU_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def _cpu_refuses(call: Call) -> str | None:
+    if call.device != "cpu":
+        return f"its kernels run on the CPU, and the input is on {call.device}"
+    if not cpu.available():
+        return cpu.why_not()
+    if call.dtype not in _CPU_DTYPES:
+        return f"it has no kernels for {call.dtype}"
+    if call.mask:
+        return "its kernels take no mask yet"
+    if call.groups != 1:
+        return "its kernels take no groups yet"
+    return None
+
+
+def _cpu_error(call: Call, rows: bool) -> str:
+    exact = "exact to the rounding of the output: sums in float64, two float32 for the mean"
+    if call.dtype == torch.float64:
+        exact = "exact to some 1e-15 of the largest value: float64 throughout"
+    return exact if call.training else f"{exact}; traced and exported calls in eval take aten"
+
+
 def _aten_refuses(call: Call) -> str | None:
     if call.training and call.mask:
         return "PyTorch's batch norm has no mask"
@@ -104,6 +130,7 @@ def _aten_error(call: Call, rows: bool) -> str:
 BACKENDS: dict[str, Backend] = {
     backend.name: backend
     for backend in (
+        Backend("cpu", _cpu_refuses, _cpu_error, launch),
         Backend("aten", _aten_refuses, _aten_error),
         Backend(
             "reference",
@@ -142,9 +169,27 @@ def call_of(
     return Call(input.device.type, input.dtype, training, activation, residual, mask, groups)
 
 
-def choose(call: Call, backend: str | None) -> str:
-    """The name of the backend that runs `call`: the one asked for, or the first that does not refuse."""
+_chosen: dict[tuple[Call, str | None, bool], str] = {}
+
+
+def choose(call: Call, backend: str | None, traced: bool = False) -> str:
+    """The name of the backend that runs `call`: the one asked for, or the first that does not refuse.
+
+    Eval mode that is `traced` goes to aten, so that exported programs hold no operator of ours.
+    """
+    if torch.compiler.is_compiling():
+        return _choose(call, backend, traced)
+    # Kept: there are some dozen kinds of call, and asking costs 1.5 µs. Not by lru_cache: the compiler warns of it.
+    name = _chosen.get((call, backend, traced))
+    if name is None:
+        name = _chosen[call, backend, traced] = _choose(call, backend, traced)
+    return name
+
+
+def _choose(call: Call, backend: str | None, traced: bool) -> str:
     if backend is None:
+        if traced and not call.training and call.groups == 1:
+            return "aten"
         return next(name for name, candidate in BACKENDS.items() if candidate.refuses(call) is None)
     if backend not in BACKENDS:
         raise InputError(
@@ -187,9 +232,7 @@ def explain_backend(
     Example:
         >>> import torch, batchnorm
         >>> choice = batchnorm.explain_backend(torch.randn(8, 3), mask=torch.ones(8))
-        >>> choice.chosen
-        'reference'
-        >>> choice.candidates[0].refused
+        >>> {candidate.name: candidate.refused for candidate in choice.candidates}["aten"]
         "PyTorch's batch norm has no mask"
     """
     if not isinstance(input, Tensor):

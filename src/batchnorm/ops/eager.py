@@ -15,7 +15,7 @@ from batchnorm.ops.aten import Running
 from batchnorm.ops.backends import kernels_of
 from batchnorm.reference import parameter_grad
 
-__all__ = ["Normalize", "Train", "keep", "like"]
+__all__ = ["Normalize", "Train", "evaluate", "keep", "like", "train"]
 
 
 def like(tensor: Tensor, model: Tensor) -> Tensor:
@@ -130,6 +130,143 @@ class Normalize(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         grads = normalize_gradients(ctx, grad_output, ctx.kernels, ctx.kernels)
         return _hand_back(grads, ctx.needs_input_grad, ctx.residual_dtype, 10)
+
+
+class Whole(torch.autograd.Function):
+    """`Train` for kernels that do all of a direction in one call: statistics, output, running statistics, counter."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        running: Running | None,
+        eps: float,
+        activation: str | None,
+        slope: float,
+        kernels: Any,
+    ) -> Tensor:
+        output, kept, statistics = kernels.train_forward(
+            input, weight, bias, residual, running, eps, activation, slope
+        )
+        if residual is None:
+            ctx.save_for_backward(input, weight, bias)
+        else:
+            ctx.save_for_backward(input, weight, bias, keep(activation, residual, kept))
+        ctx.call = (kernels, statistics, None if residual is None else residual.dtype, eps, activation, slope)
+        return output  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        input, weight, bias, *rest = ctx.saved_tensors
+        kept = rest[0] if rest else None
+        kernels, statistics, residual_dtype, eps, activation, slope = ctx.call
+        residual = residual_dtype is not None
+        if torch.is_grad_enabled():
+            grads = formula.gradients(
+                kernels,
+                grad_output,
+                input,
+                weight,
+                bias,
+                kept if kept is not None else input.new_empty(0, dtype=torch.uint8),
+                residual,
+                None,
+                None,
+                1,
+                eps,
+                activation,
+                slope,
+            )
+        else:
+            grads = kernels.train_backward(
+                grad_output, input, statistics, weight, bias, kept, residual, eps, activation, slope
+            )
+        dx, dweight, dbias, dresidual = grads
+        if dresidual is not None and dresidual.dtype != residual_dtype:
+            dresidual = dresidual.to(residual_dtype)
+        return dx, dweight, dbias, dresidual, None, None, None, None, None
+
+
+# The apply under torch.autograd.Function.apply, whose wrapper looks for function transforms: the caller has, and the
+# look costs 2 µs a call.
+_apply_whole: Any = super(torch.autograd.Function, Whole).apply
+
+
+def train(
+    kernels: Any,
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    running: Running | None,
+    eps: float,
+    activation: str | None,
+    slope: float,
+) -> Tensor:
+    """A training step by kernels that compose it themselves; counts the batch."""
+    return _apply_whole(input, weight, bias, residual, running, eps, activation, slope, kernels)  # type: ignore[no-any-return]
+
+
+class Evaluate(torch.autograd.Function):
+    """`Normalize` by running statistics for kernels that read them themselves."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        running_mean: Tensor,
+        running_var: Tensor,
+        eps: float,
+        activation: str | None,
+        slope: float,
+        kernels: Any,
+    ) -> Tensor:
+        output, bits, statistics = kernels.eval_forward(
+            input, running_mean, running_var, weight, bias, residual, eps, activation, slope
+        )
+        kept = torch.empty(0, dtype=torch.uint8) if residual is None else keep(activation, residual, bits)
+        ctx.save_for_backward(input, weight, bias, None, statistics[:1], statistics[1:], kept)
+        ctx.kernels, ctx.rule = kernels, (activation, slope)
+        ctx.residual_dtype = None if residual is None else residual.dtype
+        return output  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        grads = normalize_gradients(ctx, grad_output, ctx.kernels, ctx.kernels)
+        return _hand_back(grads, ctx.needs_input_grad, ctx.residual_dtype, 10)
+
+
+def evaluate(
+    kernels: Any,
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    running_mean: Tensor,
+    running_var: Tensor,
+    eps: float,
+    activation: str | None,
+    slope: float,
+) -> Tensor:
+    """Eval mode; without a gradient to come nothing is kept, and autograd is not asked."""
+    if torch.is_grad_enabled() and (
+        input.requires_grad
+        or (weight is not None and weight.requires_grad)
+        or (bias is not None and bias.requires_grad)
+        or (residual is not None and residual.requires_grad)
+    ):
+        return Evaluate.apply(  # type: ignore[no-any-return, no-untyped-call]
+            input, weight, bias, residual, running_mean, running_var, eps, activation, slope, kernels
+        )
+    return kernels.eval_forward(  # type: ignore[no-any-return]
+        input, running_mean, running_var, weight, bias, residual, eps, activation, slope
+    )[0]
 
 
 def normalize_gradients(ctx: Any, grad_output: Tensor, kernels: Any, primitives: Any) -> formula.Gradients:

@@ -12,7 +12,7 @@ from types import ModuleType
 # of threads whose size torch.set_num_threads sets.
 import torch  # noqa: F401
 
-__all__ = ["available", "build_info", "why_not"]
+__all__ = ["available", "build_info", "extension", "why_not"]
 
 _NAME = "batchnorm.kernels.cpu._cpu"
 
@@ -38,6 +38,11 @@ _extension, _why_not = _load()
 def available() -> bool:
     """Whether the extension is installed and loads."""
     return _extension is not None
+
+
+def extension() -> ModuleType | None:
+    """The compiled module itself, for the launcher beside this file; None when it is not available."""
+    return _extension
 
 
 def why_not() -> str:

@@ -3,13 +3,15 @@
 
 #include <nanobind/nanobind.h>
 
+#include <cmath>
 #include <string>
 
-#ifdef _OPENMP
-#include <omp.h>
-#endif
+#include "batch_norm.h"
 
 namespace nb = nanobind;
+
+// Addresses come as integers, 0 for what is absent; a dtype as in types.h. All functions let go of the GIL.
+using Address = uintptr_t;
 
 namespace {
 
@@ -63,9 +65,134 @@ nb::dict build_info() {
   return info;
 }
 
+template <class T>
+T* to(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+Vector vector(Address address, int dtype) { return {to<void>(address), static_cast<DType>(dtype)}; }
+
+Input input(int dtype, bool last, int64_t n, int64_t c, int64_t s, Address x) {
+  return {static_cast<DType>(dtype), View(n, c, s, last), to<void>(x)};
+}
+
+// What every function begins with: dtype, whether the channel is the fastest axis, (N, C, S), and the input.
+#define INPUT int dtype, bool last, int64_t n, int64_t c, int64_t s, Address x
+#define PARAMETERS Address weight, int weight_dtype, Address bias, int bias_dtype
+#define WEIGHTS vector(weight, weight_dtype), vector(bias, bias_dtype)
+
+// `momentum` NaN: None. The counter moves first, as in PyTorch.
+void train_forward(INPUT, PARAMETERS, Address residual, Address y, Address bits, int act, double slope, double eps,
+                   Address mean, Address var, Address running_mean, Address running_var, int running_dtype,
+                   Address tracked, double momentum, bool skip_nonfinite) {
+  const Input in = input(dtype, last, n, c, s, x);
+  forward(in,
+          {{nullptr, nullptr, nullptr, WEIGHTS},
+           to<void>(residual),
+           to<void>(y),
+           to<uint8_t>(bits),
+           static_cast<Act>(act),
+           slope},
+          eps, to<double>(mean), to<double>(var));
+  int64_t* counter = to<int64_t>(tracked);
+  if (counter) ++*counter;
+  if (!running_mean) return;
+  update_running({vector(running_mean, running_dtype), vector(running_var, running_dtype), counter,
+                  std::isnan(momentum), momentum, skip_nonfinite},
+                 c, to<double>(mean), to<double>(var), static_cast<double>(in.view.count()));
+}
+
+void train_backward(INPUT, PARAMETERS, Address dy, Address residual, Address bits, int act, double slope, double eps,
+                    Address mean, Address var, Address dx, Address dresidual, Address dweight, Address dbias) {
+  backward(input(dtype, last, n, c, s, x),
+           {{to<double>(mean), nullptr, nullptr, WEIGHTS},
+            to<void>(dy),
+            to<uint8_t>(bits),
+            to<void>(residual),
+            static_cast<Act>(act),
+            slope},
+           to<double>(var), eps, to<void>(dx), to<void>(dresidual),
+           {vector(dweight, weight_dtype), vector(dbias, bias_dtype)});
+}
+
+void moments_(INPUT, Address mean, Address m2) {
+  moments(input(dtype, last, n, c, s, x), {to<double>(mean), nullptr, to<double>(m2)});
+}
+
+void normalize_(INPUT, PARAMETERS, Address residual, Address y, Address bits, int act, double slope, Address mean,
+                Address invstd) {
+  normalize(input(dtype, last, n, c, s, x), {{to<double>(mean), nullptr, to<double>(invstd), WEIGHTS},
+                                             to<void>(residual),
+                                             to<void>(y),
+                                             to<uint8_t>(bits),
+                                             static_cast<Act>(act),
+                                             slope});
+}
+
+// Eval: `normalize` by running statistics; mean and invstd (double) are results.
+void eval_forward(INPUT, PARAMETERS, Address residual, Address y, Address bits, int act, double slope, double eps,
+                  Address running_mean, int mean_dtype, Address running_var, int var_dtype, Address mean,
+                  Address invstd) {
+  for (int64_t i = 0; i < c; ++i) {
+    to<double>(mean)[i] = vector(running_mean, mean_dtype).get(i);
+    to<double>(invstd)[i] = 1 / std::sqrt(vector(running_var, var_dtype).get(i) + eps);
+  }
+  normalize_(dtype, last, n, c, s, x, weight, weight_dtype, bias, bias_dtype, residual, y, bits, act, slope, mean,
+             invstd);
+}
+
+// The pre-activation x̂·weight + bias + residual of a training step, from its statistics.
+void preactivation(INPUT, PARAMETERS, Address residual, Address z, double eps, Address mean, Address var) {
+  const Input in = input(dtype, last, n, c, s, x);
+  Scratch<double> memory(4 * c);
+  double *invstd = memory.get(), *low = nullptr;
+  const double* center = to<double>(mean);
+  for (int64_t i = 0; i < c; ++i) invstd[i] = 1 / std::sqrt(to<double>(var)[i] + eps);
+  if (in.dtype == DType::f64) {  // as in `backward`
+    low = invstd + c;
+    moments(in, {invstd + 2 * c, low, invstd + 3 * c});
+    center = invstd + 2 * c;
+  }
+  normalize(in, {{center, low, invstd, WEIGHTS}, to<void>(residual), to<void>(z), nullptr, Act::none, 0});
+}
+
+#define GRADIENT                                                                                            \
+  {                                                                                                         \
+    {to<double>(mean), nullptr, to<double>(invstd), WEIGHTS}, to<void>(dy), to<uint8_t>(bits),              \
+        to<void>(residual), static_cast<Act>(act), slope                                                    \
+  }
+
+void grad_sums_(INPUT, PARAMETERS, Address dy, Address residual, Address bits, int act, double slope, Address mean,
+                Address invstd, Address sum_g, Address sum_g_xhat) {
+  grad_sums(input(dtype, last, n, c, s, x), GRADIENT, to<double>(sum_g), to<double>(sum_g_xhat));
+}
+
+void grad_input_(INPUT, PARAMETERS, Address dy, Address residual, Address bits, int act, double slope, Address mean,
+                 Address invstd, Address sum_g, Address sum_g_xhat, double count, Address dx, Address dresidual) {
+  grad_input(input(dtype, last, n, c, s, x), GRADIENT, to<double>(sum_g), to<double>(sum_g_xhat), count, to<void>(dx),
+             to<void>(dresidual));
+}
+
+void update_running_(Address running_mean, int mean_dtype, Address running_var, int var_dtype, Address tracked,
+                     int64_t c, Address mean, Address var, double count, double momentum, bool skip_nonfinite) {
+  update_running({vector(running_mean, mean_dtype), vector(running_var, var_dtype), to<int64_t>(tracked),
+                  std::isnan(momentum), momentum, skip_nonfinite},
+                 c, to<double>(mean), to<double>(var), count);
+}
+
 }  // namespace
 
 NB_MODULE(_cpu, m) {
+  const auto free = nb::call_guard<nb::gil_scoped_release>();
   m.def("build_info", &build_info);
-  m.def("team_size", &team_size, nb::call_guard<nb::gil_scoped_release>());
+  m.def("team_size", &team_size, free);
+  m.def("train_forward", &train_forward, free);
+  m.def("train_backward", &train_backward, free);
+  m.def("moments", &moments_, free);
+  m.def("normalize", &normalize_, free);
+  m.def("eval_forward", &eval_forward, free);
+  m.def("preactivation", &preactivation, free);
+  m.def("grad_sums", &grad_sums_, free);
+  m.def("grad_input", &grad_input_, free);
+  m.def("update_running", &update_running_, free);
 }

@@ -1,0 +1,84 @@
+// The activations, their gradients, and one bit an element where the gradient takes two values.
+//
+// At the kinks and for NaN they do as PyTorch does.
+
+#pragma once
+
+#include <cmath>
+
+#include "types.h"
+
+// silu and gelu exist one element at a time only: gcc has no vector form of exp and erf, and the Python side
+// puts PyTorch's operator behind the kernel instead.
+enum class Act : int { none = 0, relu = 1, relu6 = 2, leaky_relu = 3, hardswish = 4, silu = 5, gelu = 6 };
+
+constexpr bool has_bits(Act act) { return act == Act::relu || act == Act::relu6 || act == Act::leaky_relu; }
+
+template <Act A, class W>
+INLINE W activate(W z, W slope) {
+  if constexpr (A == Act::relu) return z <= 0 ? W(0) : z;
+  if constexpr (A == Act::relu6) return z <= 0 ? W(0) : z >= 6 ? W(6) : z;
+  if constexpr (A == Act::leaky_relu) return z > 0 ? z : z * slope;
+  if constexpr (A == Act::hardswish) {
+    const W up = z + 3;
+    return z * (up <= 0 ? W(0) : up >= 6 ? W(6) : up) / 6;
+  }
+  if constexpr (A == Act::silu) return z / (1 + std::exp(-z));
+  if constexpr (A == Act::gelu) return z * W(0.5) * (1 + std::erf(z * W(0.70710678118654752440)));
+  return z;
+}
+
+// Whether act'(z) is 1 and not the slope.
+template <Act A, class W>
+INLINE bool is_on(W z) {
+  if constexpr (A == Act::relu) return !(z <= 0);
+  if constexpr (A == Act::relu6) return !(z <= 0) & !(z >= 6);
+  return z > 0;
+}
+
+// g = dy·act'(z)
+template <Act A, class W>
+INLINE W gate(W dy, W z, W slope) {
+  if constexpr (A == Act::relu || A == Act::relu6) return blend(is_on<A>(z), dy, W(0));
+  if constexpr (A == Act::leaky_relu) return blend(is_on<A>(z), dy, dy * slope);
+  if constexpr (A == Act::hardswish) {
+    const W inner = dy * (z / 3 + W(0.5));
+    return blend(z <= -3, W(0), blend(z < 3, inner, dy));
+  }
+  if constexpr (A == Act::silu) {
+    const W sigmoid = 1 / (1 + std::exp(-z));
+    return dy * sigmoid * (1 + z * (1 - sigmoid));
+  }
+  if constexpr (A == Act::gelu) {
+    const W cdf = W(0.5) * (1 + std::erf(z * W(0.70710678118654752440)));
+    return dy * (cdf + z * std::exp(z * z * W(-0.5)) * W(0.39894228040143267794));
+  }
+  return dy;
+}
+
+// Eight bytes of 0 or 1 to one byte, the first to its lowest bit. Memory order is little-endian on every machine
+// that PyTorch runs on but one, where the bits of a byte are in the opposite order, in both directions.
+INLINE void pack_bits(const uint8_t* RESTRICT on, int64_t count, uint8_t* RESTRICT bits) {
+  for (int64_t i = 0; i < count / 8; ++i) {
+    uint64_t eight;
+    std::memcpy(&eight, on + 8 * i, 8);
+    bits[i] = static_cast<uint8_t>((eight * 0x0102040810204080u) >> 56);
+  }
+  if (count % 8) {
+    uint8_t last = 0;
+    for (int64_t i = count / 8 * 8; i < count; ++i) last |= static_cast<uint8_t>(on[i] << (i % 8));
+    bits[count / 8] = last;
+  }
+}
+
+// The bits of `count` elements from element `first` on, as bytes of 0 or 1 to be read at the returned address.
+// `on` needs room for count + 14.
+INLINE const uint8_t* unpack_bits(const uint8_t* RESTRICT bits, int64_t first, int64_t count, uint8_t* RESTRICT on) {
+  const int64_t begin = first / 8, end = (first + count + 7) / 8;
+  for (int64_t i = begin; i < end; ++i) {
+    const uint64_t spread = (bits[i] * 0x0101010101010101u) & 0x8040201008040201u;
+    const uint64_t eight = ((spread + 0x7f7f7f7f7f7f7f7fu) >> 7) & 0x0101010101010101u;
+    std::memcpy(on + 8 * (i - begin), &eight, 8);
+  }
+  return on + first % 8;
+}

@@ -1,0 +1,187 @@
+// Mean and m2 = Σ(x − mean)² in one reading of x.
+//
+// Chunks are summed about a pilot, the mean of the chunk's first elements, and merged by Chan's formula. A pilot
+// of p out of n values is within σ·√(n/p) of their mean, whatever the values, so that what m2 loses by the shift is
+// bounded: n/p is 16 for lanes and 64 for planes, 3 of 53 bits at the very worst, and nothing on usual data. The pilot is the
+// first value plus the mean of differences to it: exact for a constant channel.
+
+#include "kernels.h"
+
+namespace {
+
+constexpr int64_t chunk = 128;   // rows about one pilot
+constexpr int64_t run_lanes = 64;  // independent sums along a run
+constexpr int64_t run_pilot = 256;
+
+// Adds rows × lanes of x − shift and its square. With `Same` all lanes have shift[0].
+template <int R, bool Same, class T>
+INLINE void add_rows(const T* RESTRICT x, int64_t stride, int64_t lanes, const double* RESTRICT shift,
+                     double* RESTRICT sum, double* RESTRICT square) {
+  for (int64_t l = 0; l < lanes; ++l) {
+    const double s = shift[Same ? 0 : l];
+    double a = sum[l], b = square[l];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      const double d = widen(x[r * stride + l]) - s;
+      a += d;
+      b += d * d;
+    }
+    sum[l] = a;
+    square[l] = b;
+  }
+}
+
+template <bool Same, class T>
+INLINE void add(const T* x, int64_t stride, int64_t rows, int64_t lanes, const double* shift, double* sum,
+                double* square) {
+  int64_t r = 0;
+  for (; r + unrolled <= rows; r += unrolled)
+    add_rows<unrolled, Same>(x + r * stride, stride, lanes, shift, sum, square);
+  for (; r < rows; ++r) add_rows<1, Same>(x + r * stride, stride, lanes, shift, sum, square);
+}
+
+// Chan, Golub and LeVeque: (12) of docs/math.md, with share = n_b/n and between = n_a·n_b/n.
+INLINE void merge(double share, double between, double mean_b, double m2_b, double& mean, double& m2) {
+  const double delta = mean_b - mean;
+  mean += delta * share;
+  m2 += m2_b + delta * delta * between;
+}
+
+INLINE double about_mean(double square, double sum, double per_n) {
+  const double m2 = square - sum * (sum * per_n);
+  return m2 < 0 ? 0 : m2;  // NaN stays
+}
+
+// `rows` rows of `lanes` lanes: the mean, less `base`, and m2 of each lane.
+template <class T>
+CLONES void lanes_block(const T* RESTRICT x, int64_t stride, int64_t rows, int64_t lanes, const double* RESTRICT base,
+                        double* RESTRICT mean, double* RESTRICT m2) {
+  alignas(64) double shift[tile], sum[tile], square[tile];
+  for (int64_t l = 0; l < lanes; ++l) mean[l] = m2[l] = 0;
+  for (int64_t start = 0; start < rows; start += chunk) {
+    const int64_t n = std::min(chunk, rows - start), pilot = std::min(unrolled, n);
+    const T* RESTRICT first = x + start * stride;
+    for (int64_t l = 0; l < lanes; ++l) {
+      shift[l] = widen(first[l]);
+      sum[l] = square[l] = 0;
+    }
+    add<false>(first, stride, pilot, lanes, shift, sum, square);
+    const double per_pilot = 1.0 / static_cast<double>(pilot);
+    for (int64_t l = 0; l < lanes; ++l) {
+      shift[l] += sum[l] * per_pilot;
+      sum[l] = square[l] = 0;
+    }
+    add<false>(first, stride, n, lanes, shift, sum, square);
+    const double na = static_cast<double>(start), nb = static_cast<double>(n), per_n = 1.0 / nb;
+    const double share = nb / (na + nb), between = na * share;
+    for (int64_t l = 0; l < lanes; ++l)
+      merge(share, between, (shift[l] - base[l]) + sum[l] * per_n, about_mean(square[l], sum[l], per_n), mean[l], m2[l]);
+  }
+}
+
+// One channel's runs in a strip.
+template <class T>
+CLONES void run_block(const T* RESTRICT x, const View& v, int64_t strip, int64_t c, double base, double* mean,
+                      double* m2) {
+  alignas(64) double sum[run_lanes], square[run_lanes];
+  for (int64_t l = 0; l < run_lanes; ++l) sum[l] = square[l] = 0;
+  double shift = 0;
+  bool started = false;
+  for_runs(v, strip, c, [&](int64_t e, int64_t length) INLINE_LAMBDA {
+    const T* RESTRICT run = x + e;
+    if (!started) {
+      started = true;
+      const int64_t pilot = std::min(length, run_pilot);
+      const double first = widen(run[0]);
+      add<true>(run, run_lanes, pilot / run_lanes, run_lanes, &first, sum, square);
+      add<true>(run + pilot / run_lanes * run_lanes, run_lanes, 1, pilot % run_lanes, &first, sum, square);
+      double total = 0;
+      for (int64_t l = 0; l < run_lanes; ++l) {
+        total += sum[l];
+        sum[l] = square[l] = 0;
+      }
+      shift = first + total / static_cast<double>(pilot);
+    }
+    const int64_t rows = length / run_lanes;
+    add<true>(run, run_lanes, rows, run_lanes, &shift, sum, square);
+    add<true>(run + rows * run_lanes, run_lanes, 1, length % run_lanes, &shift, sum, square);
+  });
+  double a = 0, b = 0;
+  for (int64_t l = 0; l < run_lanes; ++l) {
+    a += sum[l];
+    b += square[l];
+  }
+  const double n = static_cast<double>(v.strip_count(strip));
+  *mean = (shift - base) + a / n;
+  *m2 = about_mean(b, a, 1 / n);
+}
+
+INLINE void merge_all(int64_t channels, double share, double between, int64_t stride, const double* RESTRICT mean_b,
+                      const double* RESTRICT m2_b, double* RESTRICT mean, double* RESTRICT m2) {
+  if (stride == 1)
+    for (int64_t c = 0; c < channels; ++c) merge(share, between, mean_b[c], m2_b[c], mean[c], m2[c]);
+  else
+    for (int64_t c = 0; c < channels; ++c)
+      merge(share, between, mean_b[c * stride], m2_b[c * stride], mean[c], m2[c]);
+}
+
+// Merges the partials of the channels [first, last); means are relative to the channel's base.
+CLONES void merge_channels(const View& v, int64_t first, int64_t last, const double* means, const double* m2s,
+                           double* mean, double* m2) {
+  for (int64_t c = first; c < last; ++c) mean[c] = m2[c] = 0;
+  double seen = 0;
+  for_partials(v, first, [&](int64_t count, int64_t at, int64_t stride) INLINE_LAMBDA {
+    const double n = static_cast<double>(count), share = n / (seen + n);
+    merge_all(last - first, share, seen * share, stride, means + at, m2s + at, mean + first, m2 + first);
+    seen += n;
+  });
+}
+
+template <class T>
+void moments_of(const T* x, const View& v, Statistics out) {
+  const int64_t lanes = v.coefficients(), strips = v.strips();
+  Scratch<double> base(v.channels), lane_base(v.planes ? 0 : lanes), relative(v.channels);
+  Scratch<double> means((strips + 1) * lanes), m2s((strips + 1) * lanes);
+  for (int64_t c = 0; c < v.channels; ++c) base[c] = widen(x[v.first(c)]);
+  if (!v.planes) {
+    v.spread(base.get(), lane_base.get());
+    // The tail: one value a lane.
+    for (int64_t l = 0; l < v.tail; ++l) {
+      means[strips * lanes + l] = widen(x[v.rows * v.width + l]) - lane_base[l];
+      m2s[strips * lanes + l] = 0;
+    }
+  }
+  const int64_t tiles = v.tiles();
+  for_blocks(v.blocks(), v.elements, false, [&](int64_t b) {
+    const int64_t strip = b / tiles, t = b % tiles;
+    if (v.planes) return run_block(x, v, strip, t, base[t], &means[strip * lanes + t], &m2s[strip * lanes + t]);
+    const int64_t lane = t * tile, at = strip * lanes + lane;
+    lanes_block(x + strip * v.block_rows() * v.width + lane, v.width, v.strip_count(strip),
+                std::min(tile, v.width - lane), &lane_base[lane], &means[at], &m2s[at]);
+  });
+  const int64_t channel_tiles = (v.channels + tile - 1) / tile;
+  for_blocks(channel_tiles, (strips + 1) * lanes, false, [&](int64_t t) {
+    merge_channels(v, t * tile, std::min(v.channels, (t + 1) * tile), means.get(), m2s.get(), relative.get(), out.m2);
+  });
+  for (int64_t c = 0; c < v.channels; ++c) {
+    double low;
+    two_sum(base[c], relative[c], out.mean[c], low);
+    if (out.low) out.low[c] = low == low ? low : 0;
+  }
+}
+
+}  // namespace
+
+void moments(const Input& input, Statistics out) {
+  if (input.view.elements == 0) {
+    for (int64_t c = 0; c < input.view.channels; ++c) {
+      out.mean[c] = out.m2[c] = 0;
+      if (out.low) out.low[c] = 0;
+    }
+    return;
+  }
+  by_dtype(input.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    moments_of(static_cast<const T*>(input.x), input.view, out);
+  });
+}
