@@ -85,8 +85,15 @@ INLINE void add(const Job<T>& job, int64_t e, int64_t stride, int64_t rows, int6
   // Fewer rows at a time than in `moments`: two or three streams, and their coefficients.
   constexpr int64_t step = 4;
   int64_t r = 0;
-  for (; r + step <= rows; r += step)
+  const int64_t ahead = rows_ahead<T>(step, stride);
+  for (; r + step <= rows; r += step) {
+    for (int64_t i = r; i < r + step; ++i) {
+      prefetch(job.x + e + i * stride, ahead * stride, lanes);
+      prefetch(job.dy + e + i * stride, ahead * stride, lanes);
+      if constexpr (F == From::residual) prefetch(job.residual + e + i * stride, ahead * stride, lanes);
+    }
     add_rows<step, Same, A, F>(job, e + r * stride, stride, lanes, j, shift, g, d, gd);
+  }
   for (; r < rows; ++r) add_rows<1, Same, A, F>(job, e + r * stride, stride, lanes, j, shift, g, d, gd);
 }
 

@@ -35,8 +35,13 @@ template <bool Same, class T>
 INLINE void add(const T* x, int64_t stride, int64_t rows, int64_t lanes, const double* shift, double* sum,
                 double* square) {
   int64_t r = 0;
-  for (; r + unrolled <= rows; r += unrolled)
+  const int64_t ahead = rows_ahead<T>(unrolled, stride);
+  for (; r + unrolled <= rows; r += unrolled) {
+    // Runs are short rows, side by side in a few pages; full rows the hardware follows by itself.
+    if constexpr (Same)
+      for (int64_t i = r; i < r + unrolled; ++i) prefetch(x + i * stride, ahead * stride, lanes);
     add_rows<unrolled, Same>(x + r * stride, stride, lanes, shift, sum, square);
+  }
   for (; r < rows; ++r) add_rows<1, Same>(x + r * stride, stride, lanes, shift, sum, square);
 }
 
