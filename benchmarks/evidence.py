@@ -22,6 +22,7 @@ from batchnorm.comparison.dynamics_report import changed
 from batchnorm.comparison.measures import Interval
 from batchnorm.comparison.verdicts import verdicts
 from batchnorm.comparison.wording import average, words
+from batchnorm.report.json import to_json
 
 SCHEMA_VERSION = 1
 RESULTS = Path(__file__).parent / "results" / "evidence.json"
@@ -95,7 +96,6 @@ def parse() -> argparse.Namespace:
 def keep(case: Case, result: batchnorm.Comparison) -> None:
     """Put one case into the results file; the others stay."""
     stored = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {"cases": {}}
-    stored |= {"kind": "evidence", "schema_version": SCHEMA_VERSION}
     summary = result.summary
     stored["cases"][case.name] = {
         "facts": dict(result.facts),
@@ -113,7 +113,7 @@ def keep(case: Case, result: batchnorm.Comparison) -> None:
         if result.dynamics is None
         else {"lr": result.dynamics.lr, "compared": [asdict(item) for item in result.dynamics.compared]},
     }
-    write_whole(RESULTS, json.dumps(stored, indent=1) + "\n")
+    write_whole(RESULTS, to_json({"cases": stored["cases"]}, "evidence", SCHEMA_VERSION) + "\n")
 
 
 def filled(page: str, cases: dict[str, Any]) -> str:

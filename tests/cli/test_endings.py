@@ -164,8 +164,8 @@ def test_a_log_that_cannot_be_written_falls_silent() -> None:
 
     with PlainDisplay(Console(file=Full())) as shown:
         shown.start(1, "mlp", "classification")
-        shown.run_started("mlp", False, 0.1, 0)
-        shown.run_finished("mlp", False, 0.1, 0, 0.5, False)
+        shown.run_started("without batch norm", False, 0.1, 0)
+        shown.run_finished("without batch norm", False, 0.1, 0, 0.5, False)
     assert shown.done == 1
 
 

@@ -30,11 +30,11 @@ def test_a_log_gets_one_line_for_each_training() -> None:
     target = console(terminal=False)
     with PlainDisplay(target) as shown:
         shown.start(2, "mlp on digits", "classification")
-        shown.run_started("mlp", False, 0.1, 0)
+        shown.run_started("without batch norm", False, 0.1, 0)
         shown.step(1, 2, 2.3, 0.1)
-        shown.run_finished("mlp", False, 0.1, 0, 0.1, True)
-        shown.run_started("mlp", True, 0.1, 0)
-        shown.run_finished("mlp", True, 0.1, 0, 0.934, False)
+        shown.run_finished("without batch norm", False, 0.1, 0, 0.1, True)
+        shown.run_started("with batch norm", True, 0.1, 0)
+        shown.run_finished("with batch norm", True, 0.1, 0, 0.934, False)
     assert written(target).splitlines() == [
         "mlp on digits: 2 trainings",
         "[1/2] without batch norm, learning rate 0.1, seed 0: diverged",
@@ -45,12 +45,12 @@ def test_a_log_gets_one_line_for_each_training() -> None:
 def test_the_live_display_shows_both_losses_of_the_current_pair() -> None:
     with LiveDisplay(console(terminal=True)) as shown:
         shown.start(4, "mlp on digits", "classification")
-        shown.run_started("mlp", False, 0.1, 0)
+        shown.run_started("without batch norm", False, 0.1, 0)
         for step, loss in enumerate((2.3, 2.0, float("nan")), start=1):
             shown.step(step, 4, loss, 0.25)
         assert "0/4 trainings" in drawn(shown)
-        shown.run_finished("mlp", False, 0.1, 0, 0.25, True)
-        shown.run_started("mlp", True, 0.1, 0)
+        shown.run_finished("without batch norm", False, 0.1, 0, 0.25, True)
+        shown.run_started("with batch norm", True, 0.1, 0)
         shown.step(2, 4, 1.15, None)
         text = drawn(shown)
     assert "learning rate 0.1, seed 0" in text
@@ -66,11 +66,11 @@ def test_the_live_display_shows_both_losses_of_the_current_pair() -> None:
 def test_a_diverging_loss_does_not_flatten_the_other() -> None:
     with LiveDisplay(console(terminal=True)) as shown:
         shown.start(2, "mlp on digits", "classification")
-        shown.run_started("mlp", False, 0.1, 0)
+        shown.run_started("without batch norm", False, 0.1, 0)
         shown.step(1, 2, 2.0, None)
         shown.step(2, 2, 1e9, None)
-        shown.run_finished("mlp", False, 0.1, 0, 0.1, True)
-        shown.run_started("mlp", True, 0.1, 0)
+        shown.run_finished("without batch norm", False, 0.1, 0, 0.1, True)
+        shown.run_started("with batch norm", True, 0.1, 0)
         shown.step(1, 2, 2.0, None)
         shown.step(2, 2, 0.1, None)
         calm, wild = drawn(shown).splitlines()[2:4]
@@ -81,10 +81,10 @@ def test_a_diverging_loss_does_not_flatten_the_other() -> None:
 def test_a_new_pair_starts_with_empty_curves() -> None:
     with LiveDisplay(console(terminal=True)) as shown:
         shown.start(4, "mlp on digits", "classification")
-        shown.run_started("mlp", False, 0.1, 0)
+        shown.run_started("without batch norm", False, 0.1, 0)
         shown.step(1, 1, 2.3, 0.25)
-        shown.run_finished("mlp", False, 0.1, 0, 0.25, False)
-        shown.run_started("mlp", False, 0.3, 0)
+        shown.run_finished("without batch norm", False, 0.1, 0, 0.25, False)
+        shown.run_started("without batch norm", False, 0.3, 0)
         text = drawn(shown)
     assert "loss 2.3" not in text
     assert "25.0%" not in text

@@ -200,7 +200,7 @@ def test_medians_of_the_steps_are_compared_in_pairs() -> None:
         (0.25, 0.01, "4.0× less (3.9 to 4.1×)"),
         (4.0, 0.01, "4.0× more (3.9 to 4.1×)"),
         (1.0, 0.01, "no difference seen"),
-        (0.5, 9.0, "no difference seen"),
+        (0.5, 9.0, "too few seeds to tell"),
     ],
 )
 def test_every_answer_is_told_whichever_way_it_comes_out(ratio: float, spread: float, expected: str) -> None:
@@ -262,6 +262,29 @@ def test_a_model_that_cannot_be_watched_is_compared_all_the_same() -> None:
     assert found.dynamics is None
     assert len(found.runs) == 4
     assert any("not measured: RuntimeError: not a parameter" in note for note in found.notes)
+
+
+@pytest.mark.parametrize("values", [(3.0, 1.0, 2.0), (4.0, 1.0, 2.0, 3.0)])
+def test_a_median_is_the_middle_or_the_mean_of_the_two(values: tuple[float, ...]) -> None:
+    one = replace(course(True, 0, 1.0), points=tuple(point(1, value, 0.5) for value in values))
+    found = put_together(0.1, "", (), [course(False, 0, 1.0), one])
+    assert found.measure("shift").normalized == (np.median(values),)
+
+
+def test_a_diverged_training_supports_no_claim() -> None:
+    lost = courses(0.25)
+    lost[2] = replace(lost[2], diverged=True)
+    found = put_together(0.1, "the place", ("3",), lost)
+    assert all(item.change is None for item in found.compared)
+    first = next(block for block in training_section(found).blocks if isinstance(block, Paragraph))
+    assert "0 with batch norm and 1 without diverged" in first.text
+
+
+def test_huge_numbers_stay_readable() -> None:
+    blocks = training_section(put_together(0.1, "the place", ("3",), courses(1e22))).blocks
+    text = " ".join(block.text for block in blocks if isinstance(block, Paragraph))
+    assert "1e+22× more" in text
+    assert not any(len(word) > 40 for word in text.split())
 
 
 @pytest.fixture(scope="module")

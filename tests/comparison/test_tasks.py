@@ -132,6 +132,17 @@ def test_loaders_give_numbers_too(arrays: Arrays) -> None:
     assert min(found.summary.plain.best) > 0.5
 
 
+def test_targets_of_loaders_that_are_far_from_unit_scale_are_told(arrays: Arrays) -> None:
+    train = list(zip(arrays[0].split(32), (arrays[1] * 1e4).split(32), strict=True))
+    options: dict[str, Any] = {"task": "regression", "lrs": [1e-9], "seeds": 1, "steps": 4, "dynamics": False}
+    found = batchnorm.compare(net, (train, train), **options)
+    assert any("Caution: the targets of the training loader have mean" in note for note in found.notes)
+    scaled = list(zip(arrays[0].split(32), ((arrays[1] - 40) / 7).split(32), strict=True))
+    assert not any(
+        "targets of the" in note for note in batchnorm.compare(net, (scaled, scaled), **options).notes
+    )
+
+
 X, Y = noisy_sine(20, 2)
 
 

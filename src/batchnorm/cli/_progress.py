@@ -89,9 +89,7 @@ class PlainDisplay(Display):
         """Print how a training ended."""
         super().run_finished(label, normalized, lr, seed, final_score, diverged)
         outcome = "diverged" if diverged else f"test {self.words.metric} {self.words.score(final_score)}"
-        self._print(
-            f"[{self.done}/{self.runs}] {_NAMES[normalized]}, learning rate {lr:g}, seed {seed}: {outcome}"
-        )
+        self._print(f"[{self.done}/{self.runs}] {label}, learning rate {lr:g}, seed {seed}: {outcome}")
 
     def _print(self, line: str) -> None:
         # A log that no one reads any more, or that cannot be written, is no reason to stop the work.

@@ -37,6 +37,7 @@ class _Work:
         self.half: list[Run] = []  # of the pair that is not finished
         self.pair: Pair | None = None
         self.dropped = 0
+        self.targets: tuple[float, float] | None = None
         self.kept: dict[bool, tuple[nn.Module, Run]] = {}
         self.footing: Footing | None = None
         self.same_weights = False
@@ -158,7 +159,7 @@ def _train_seed(plan: Plan, seed: int, test: list[Batch], work: _Work, progress:
     before = work.pair
     pair = plan.pair(seed, replay, test)
     if seed == 0:
-        work.pair, work.dropped = pair, replay.dropped
+        work.pair, work.dropped, work.targets = pair, replay.dropped, replay.target_scale
         if _small(pair, first):
             torch.set_num_threads(1)
     elif seed == 1 and before is not None:
@@ -247,7 +248,9 @@ def _result(plan: Plan, work: _Work, test: list[Batch], interrupted: bool, threa
         every=plan.every,
         device=str(plan.device),
     )
-    notes = method(setup, summary, plan.data, work.pair, work.dropped, work.footing, work.same_weights)
+    notes = method(
+        setup, summary, plan.data, work.pair, work.dropped, work.footing, work.same_weights, work.targets
+    )
     seen, why_not = (None, "") if work.watched is None else (work.watched.result(), work.watched.why_not)
     notes += dynamics_notes(seen, why_not)
     facts = _facts(plan.device, threads)

@@ -70,7 +70,9 @@ def all_diverged(summary: Summary, *arms: Arm) -> bool:
 def untrained(summary: Summary, *arms: Arm) -> str:
     """Possible reasons why these networks count as trained at no rate, in one sentence."""
     if all_diverged(summary, *arms):
-        return "Every training diverged: lower learning rates may help."
+        sides = {id(summary.plain): " without batch norm", id(summary.normalized): " with batch norm"}
+        whose = sides[id(arms[0])] if len(arms) == 1 else ""
+        return f"Every training{whose} diverged: lower learning rates may help."
     w = summary.words
     reasons: list[str] = []
     if any(arm.improving for arm in arms):

@@ -1,6 +1,7 @@
 """What happens during training: the same two trainings once more, watched."""
 
 import math
+import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -82,6 +83,7 @@ class Course:
         drift: how far the median moves from one evaluation to the next, in units of half the distance of the outer
             two; the middle one of all channels. NaN where the place was not seen.
         points: the steps at which gradients were compared.
+        diverged: the training loss became NaN or infinite, and the training ended there.
     """
 
     normalized: bool
@@ -90,6 +92,7 @@ class Course:
     percentiles: tuple[tuple[float, float, float], ...]
     drift: float
     points: tuple[Point, ...]
+    diverged: bool = False
 
 
 Scale = Literal["ratio", "difference"]
@@ -114,8 +117,8 @@ class Compared:
         normalized: with batch norm, for each seed.
         plain: without.
         scale: how the two are compared.
-        change: the ratio with over without, or the difference with minus without, over the seeds; None where one of
-            the numbers is missing, infinite or, for a ratio, not positive.
+        change: the ratio with over without, or the difference with minus without, over the seeds; None where a
+            training diverged, or one of the numbers is missing, infinite or, for a ratio, not positive.
     """
 
     name: str
@@ -149,9 +152,9 @@ class Dynamics:
 
 
 def _median(values: Iterable[float]) -> float:
-    """The middle value, the lower of two; an infinite one counts, a NaN does not."""
-    known = sorted(value for value in values if not math.isnan(value))
-    return known[(len(known) - 1) // 2] if known else math.nan
+    """The median of the values that are known: an infinite one counts, a NaN does not."""
+    known = [value for value in values if not math.isnan(value)]
+    return statistics.median(known) if known else math.nan
 
 
 def _of_points(get: Callable[[Point], float]) -> Callable[[Course], float]:
@@ -235,10 +238,10 @@ class Watch:
         smooth = smoothness(model, old, x, y, self._loss, self._lengths, seed)
         self._points.append(_point(step, shifts, smooth))
 
-    def course(self, normalized: bool) -> Course:
+    def course(self, normalized: bool, *, diverged: bool = False) -> Course:
         """What was seen."""
         steps, curve, moved = _typical(self._evaluated, self._recorder)
-        return Course(normalized, self._seed, steps, curve, moved, tuple(self._points))
+        return Course(normalized, self._seed, steps, curve, moved, tuple(self._points), diverged)
 
     def _loss(self, output: Tensor, y: Tensor) -> Tensor:
         fitted = self._task.fit(output, y, self._task.width(y))
@@ -262,9 +265,9 @@ def _compared(measure: Measure, courses: Sequence[Course]) -> Compared:
     with_ = tuple(measure.of(course) for course in courses if course.normalized)
     without = tuple(measure.of(course) for course in courses if not course.normalized)
     change = None
-    if all(map(math.isfinite, [*with_, *without])):
+    if all(map(math.isfinite, [*with_, *without])) and not any(course.diverged for course in courses):
         if measure.scale == "difference":
-            change = t_interval([a - b for a, b in zip(with_, without, strict=True)])
+            change = t_interval([a - b for a, b in zip(with_, without, strict=True)]).clipped(-2, 2)
         elif min(*with_, *without) > 0:
             change = ratio_interval(with_, without)
     return Compared(measure.name, with_, without, measure.scale, change)

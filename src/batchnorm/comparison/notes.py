@@ -27,6 +27,7 @@ def method(
     dropped: int,
     footing: Footing | None,
     same_weights: bool,
+    targets: tuple[float, float] | None = None,
 ) -> tuple[str, ...]:
     """The notes of a report: the set-up first, then how numbers were chosen, then warnings."""
     notes = [_network(setup), _training(setup, data), _selection(setup, summary), _intervals(setup, summary)]
@@ -35,7 +36,7 @@ def method(
     if pair.skipped:
         notes.append(_skipped(pair.skipped, setup.how))
     notes += _warnings(setup, summary, dropped, same_weights)
-    notes += _scaling_warning(data, footing)
+    notes += _scaling_warning(data, footing) + _target_warning(data, targets)
     return (*notes, *pair.notes)
 
 
@@ -119,7 +120,8 @@ def _intervals(setup: "Setup", summary: Summary) -> str:
     return (
         f"Intervals are Student's, 95 %, over {len(summary.seeds)} seeds (weights and order of batches), of the paired "
         "difference where two networks are compared, of the logarithm where it is a ratio. They say nothing about "
-        "another choice of test samples. 'No difference seen' means that the interval holds no difference. Each "
+        "another choice of test samples. 'No difference seen' means that the interval holds 0 "
+        "(a ratio: 1), so that there may be none. Each "
         f"interval stands for itself: of {len(summary.plain.rates)} learning rates one may stand out by chance."
     )
 
@@ -186,6 +188,19 @@ def _edges(summary: Summary) -> list[str]:
             "the sweep; a better one may lie outside."
         )
     return found
+
+
+def _target_warning(data: Data | Loaders, targets: tuple[float, float] | None) -> list[str]:
+    """Loaders bring their targets as they are: far from unit scale no learning rate suits them."""
+    if targets is None or isinstance(data, Data):
+        return []
+    mean, std = targets
+    if abs(mean) <= 2 * std and 0.1 <= std <= 10:
+        return []
+    return [
+        f"{CAUTION}the targets of the training loader have mean {mean:.3g} and standard deviation {std:.3g}, and are "
+        "used as they are. Shift and scale them to 0 and 1, as is done for arrays, or no learning rate may suit."
+    ]
 
 
 def _scaling_warning(data: Data | Loaders, footing: Footing | None) -> list[str]:

@@ -51,6 +51,14 @@ class Replay:
     rows: list[Tensor] | None = None
     dropped: int = 0
 
+    @property
+    def target_scale(self) -> tuple[float, float] | None:
+        """Mean and standard deviation of recorded targets that are numbers; None for classes and for data in memory."""
+        if self.rows is not None or not self.y[0].is_floating_point():
+            return None
+        values = torch.cat([part.double().flatten() for part in self.y])
+        return float(values.mean()), float(values.std())
+
     def __len__(self) -> int:
         return len(self.x if self.rows is None else self.rows)
 

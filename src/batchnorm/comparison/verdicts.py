@@ -36,8 +36,7 @@ def verdicts(summary: Summary, layer: Footing | None) -> list[Verdict]:
     found = [speed(summary), quality(summary), rates(summary)]
     if layer is None:
         return found
-    trained = bool(summary.plain.trained_at or summary.normalized.trained_at)
-    return [*found, footing(layer, trained=trained)]
+    return [*found, footing(layer)]
 
 
 def speed(summary: Summary) -> Verdict:
@@ -76,6 +75,8 @@ def quality(summary: Summary) -> Verdict:
     if plain.edge in ("lowest", "highest"):
         text += f" Without batch norm that rate is the {plain.edge} rate tried: a better one may lie outside."
     claim = w.difference(best.mean)
+    if not plain.trained_at and not normalized.trained_at:
+        return Verdict(BETTER, "cannot be said", f"{text} {_no_goal(summary)}", "neutral")
     if best.low is None:
         return Verdict(BETTER, f"one seed: {claim}", f"{text} {ONE_SEED}", "neutral")
     text += f" The best {w.metrics} differ by {claim}, paired by seed."
@@ -122,7 +123,7 @@ def rates(summary: Summary) -> Verdict:
     return Verdict(RATES, head, text, tone)
 
 
-def footing(found: Footing, *, trained: bool = True) -> Verdict:
+def footing(found: Footing) -> Verdict:
     """How far batches lie apart at a hidden layer, without batch norm and after it."""
     raw, side = (
         (found.before, "before it") if found.without is None else (found.without, "without batch norm")
@@ -141,8 +142,8 @@ def footing(found: Footing, *, trained: bool = True) -> Verdict:
         )
     if not same:
         text += f" {_not_same(found)}"
-    good = same and trained and raw.mean > 10 * found.after.mean
-    return Verdict(FOOTING, head, text, "good" if good else "neutral")
+    # What holds by construction is no merit.
+    return Verdict(FOOTING, head, text, "neutral")
 
 
 def _no_goal(summary: Summary) -> str:

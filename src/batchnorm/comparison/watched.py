@@ -8,7 +8,7 @@ from batchnorm.comparison.plan import Plan
 from batchnorm.comparison.progress import Progress
 from batchnorm.comparison.record import Batch, Replay
 from batchnorm.comparison.summary import final_score
-from batchnorm.comparison.training import train
+from batchnorm.comparison.training import Run, train
 
 __all__ = ["Watched"]
 
@@ -54,8 +54,8 @@ class Watched:
         for normalized, model in ((False, pair.plain), (True, pair.normalized)):
             place = None if places is None else places[normalized]
             watch = Watch(place, sample, plan.task, self._lr, plan.steps, seed)
-            _train(plan, model, replay, self._test, watch, normalized, self._lr, seed, progress)
-            courses.append(watch.course(normalized))
+            run = _train(plan, model, replay, self._test, watch, normalized, self._lr, seed, progress)
+            courses.append(watch.course(normalized, diverged=run.diverged))
         self._place = "" if places is None else places[True].words
         self._layers = tuple(group.name for group in watch.groups)
         return courses
@@ -71,7 +71,7 @@ def _train(
     lr: float,
     seed: int,
     progress: Progress,
-) -> None:
+) -> Run:
     label = f"{'with' if normalized else 'without'} batch norm, watched"
     progress.run_started(label, normalized, lr, seed)
     run = train(
@@ -88,3 +88,4 @@ def _train(
         watch=watch,
     )
     progress.run_finished(label, normalized, lr, seed, final_score(run, plan.guess(test)), run.diverged)
+    return run
