@@ -12,7 +12,8 @@ averages over days that fit no day.
 
 Each network is then tested with three kinds of statistics: the running ones; running ones recalibrated exactly,
 which is one pass over all training hours as a single batch (pooled mean and variance, not an average of
-variances); and those of the test day itself.
+variances); and those of the test day itself. The same network without batch norm, trained in both ways, is the
+control: it shows how much harm the order of the batches does by itself.
 """
 
 import argparse
@@ -37,6 +38,7 @@ INPUTS = Hours.inputs
 WIDTH, LR, BATCH = 64, 0.01, 24
 TRAININGS = ("shuffled", "by day")
 STATISTICS = ("running", "recalibrated", "the day's own")
+CONTROL = "no batch norm"
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,10 @@ def main() -> None:
                 error = test(model, split, statistics)
                 errors.setdefault((training, statistics), []).append(error)
                 print(f"seed {seed}, trained {training}, tested with {statistics}: {error:.3f}", flush=True)
+            plain = train(split, training, seed, arguments.epochs, normalized=False)
+            error = test(plain, split, "running")
+            errors.setdefault((training, CONTROL), []).append(error)
+            print(f"seed {seed}, trained {training}, {CONTROL}: {error:.3f}", flush=True)
     results = [summarize(*key, values) for key, values in errors.items()]
     print(f"\n{'training':<10} {'statistics':<15} {'error':>7} {'± seeds':>8}")
     for result in results:
@@ -117,16 +123,21 @@ def split_days(x: Tensor, y: Tensor, day: Tensor, seed: int) -> Split:
     return Split(x[kept], y[kept], day[kept], x[held_out], y[held_out], day[held_out])
 
 
-def train(split: Split, training: str, seed: int, epochs: int) -> nn.Module:
+def network(*, normalized: bool) -> nn.Module:
+    """Two hidden layers, with a batch norm behind each or with a bias."""
+
+    def layer(inputs: int) -> list[nn.Module]:
+        if normalized:
+            return [nn.Linear(inputs, WIDTH, bias=False), batchnorm.BatchNorm1d(WIDTH, activation="relu")]
+        return [nn.Linear(inputs, WIDTH), nn.ReLU()]
+
+    return nn.Sequential(*layer(len(INPUTS)), *layer(WIDTH), nn.Linear(WIDTH, 1))
+
+
+def train(split: Split, training: str, seed: int, epochs: int, *, normalized: bool = True) -> nn.Module:
     """Adam on the mean squared error; both ways of training start from the same weights."""
     torch.manual_seed(seed)
-    model = nn.Sequential(
-        nn.Linear(len(INPUTS), WIDTH, bias=False),
-        batchnorm.BatchNorm1d(WIDTH, activation="relu"),
-        nn.Linear(WIDTH, WIDTH, bias=False),
-        batchnorm.BatchNorm1d(WIDTH, activation="relu"),
-        nn.Linear(WIDTH, 1),
-    )
+    model = network(normalized=normalized)
     optimizer = torch.optim.Adam(model.parameters(), lr=LR)
     rate = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
     for _ in range(epochs):

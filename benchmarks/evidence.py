@@ -105,6 +105,11 @@ def keep(case: Case, result: batchnorm.Comparison) -> None:
         "verdicts": [asdict(verdict) for verdict in verdicts(summary, result.footing)],
         "best": [average(arm.best) for arm in (summary.normalized, summary.plain)],
         "best_difference": asdict(summary.best_difference),
+        "final": [average(arm.final) for arm in (summary.normalized, summary.plain)],
+        "final_difference": asdict(summary.final_difference),
+        "edge": [arm.edge for arm in (summary.normalized, summary.plain)],
+        "best_lr": [arm.best_lr for arm in (summary.normalized, summary.plain)],
+        "rate_differences": [asdict(item) for item in summary.rate_differences],
         "ratio": None if summary.judged.ratio is None else asdict(summary.judged.ratio),
         "trained_at": [list(arm.trained_at) for arm in (summary.normalized, summary.plain)],
         "rates_gained": rates_gained(summary),
@@ -131,20 +136,22 @@ def filled(page: str, cases: dict[str, Any]) -> str:
 def outcome(cases: dict[str, Any]) -> str:
     """Best scores, how much sooner, and at how many learning rates."""
     lines = [
-        "| network, data | with | without | difference (95 %) | steps to 99 % of the best without | trains at |",
-        "|---|---|---|---|---|---|",
+        "| network, data | best: with, without | difference (95 %) | at the end: with, without | difference (95 %) "
+        "| steps to 99 % of the best without | trains at |",
+        "|---|---|---|---|---|---|---|",
     ]
     for case in (case for case in CASES if case.name in cases):
         found = cases[case.name]
         w = words(found["setup"]["task"])
-        difference = Interval(**found["best_difference"])
-        with_, without = (w.score(value) for value in found["best"])
-        gap = f"{w.difference(difference.mean)} ({w.span(difference)})"
+        cells = [f"{case.network}, {case.data}"]
+        for kind in ("best", "final"):
+            difference = Interval(**found[f"{kind}_difference"])
+            seen = "" if difference.excludes(0) else ": no difference seen"
+            cells.append(", ".join(w.score(value) for value in found[kind]))
+            cells.append(f"{w.difference(difference.mean)} ({w.span(difference)}){seen}")
         counts = " / ".join(str(len(rates)) for rates in found["trained_at"])
-        total = len(found["setup"]["lrs"])
-        lines.append(
-            f"| {case.network}, {case.data} | {with_} | {without} | {gap} | {sooner(found)} | {counts} of {total} |"
-        )
+        cells += [sooner(found), f"{counts} of {len(found['setup']['lrs'])}"]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 

@@ -92,7 +92,7 @@ def test_the_report_is_complete(
     assert report["machine"]["torch"] == torch.__version__
     assert report["setup"]["days"] == 10
     assert [(row["training"], row["statistics"]) for row in report["results"]] == [
-        (training, kind) for training in bikes.TRAININGS for kind in bikes.STATISTICS
+        (training, kind) for training in bikes.TRAININGS for kind in (*bikes.STATISTICS, bikes.CONTROL)
     ]
     assert all(len(row["errors"]) == 2 for row in report["results"])
     assert f"{report['results'][0]['mean']:.3f}" in capsys.readouterr().out

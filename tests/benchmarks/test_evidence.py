@@ -72,7 +72,7 @@ def test_every_case_is_kept_and_told(main: Main, tmp_path: Path) -> None:
     rows = [line for line in page.splitlines() if line.startswith("| deep-mlp, digits")]
     assert len(rows) == 2  # in both tables
     best = stored["cases"]["deep-mlp/digits"]["best"]
-    assert f"| {100 * best[0]:.1f} % | {100 * best[1]:.1f} % |" in rows[0]
+    assert f"| {100 * best[0]:.1f} %, {100 * best[1]:.1f} % |" in rows[0]
     before = page
     main("--no-run", "--docs")
     assert (tmp_path / "evidence.md").read_text() == before
