@@ -69,6 +69,77 @@ def test_a_table_is_traced_by_its_columns_of_numbers(run: Run, tmp_path: Path) -
     assert chosen["x"] == [[15], [16.5], [30]]
 
 
+def table(run: Run, folder: Path, text: str, *options: str) -> tuple[list[str], list[list[float]], str]:
+    """What a table is read as: the names, the rows, and what is said of it."""
+    (folder / "own.csv").write_text(text)
+    result = run("explain", "--csv", "own.csv", "--json", "-", *options)
+    assert result.exit_code == 0, result.stderr
+    content = json.loads(result.stdout)
+    return content["names"], content["x"], result.stderr
+
+
+def test_a_first_row_of_numbers_is_data(run: Run, tmp_path: Path) -> None:
+    names, rows, said = table(run, tmp_path, "1,2\n3,4\n5,9\n")
+    assert (names, rows) == (["column 1", "column 2"], [[1, 2], [3, 4], [5, 9]])
+    assert "note: own.csv: no line of names: the first line holds numbers and is data" in said
+    names, rows, _ = table(run, tmp_path, "1,2\n3,4\n", "--column", "2", "--column", "column 1")
+    assert (names, rows) == (["column 2", "column 1"], [[2, 1], [4, 3]])
+    assert table(run, tmp_path, "5\n6\n")[:2] == (["column 1"], [[5], [6]])
+
+
+def test_what_is_left_out_is_named(run: Run, tmp_path: Path) -> None:
+    assert "note: own.csv: left out, since they do not hold numbers: name" in table(run, tmp_path, TABLE)[2]
+    assert table(run, tmp_path, TABLE, "--column", "time")[2] == ""
+    assert "taken for names, although it holds 81" in table(run, tmp_path, "Ann,81\nBen,84\nCid,93\n")[2]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["a;b\n1;2\n3;4\n", "a\tb\n1\t2\n3\t4\n", "a,b\n1,2\n3,4\n", "a,b,\n1,2,\n3,4,\n", '"a";b\n1;"2"\n3;4\n'],
+    ids=["semicolons", "tabs", "commas", "a separator at the end", "quotes"],
+)
+def test_separators_are_recognized(run: Run, tmp_path: Path, text: str) -> None:
+    assert table(run, tmp_path, text) == (["a", "b"], [[1, 2], [3, 4]], "")
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "says"),
+    [
+        ("a,b\n1,2\n4,\n6,7\n", [], "line 3, column b: got an empty cell, expected a finite number. Fill it"),
+        ("a,b,c\n1,2,3\n4,,6\n", [], "or name columns without such cells: --column 'a'."),
+        ("1,2\n,4\n5,6\n", [], "line 2, column 1: got an empty cell"),
+        ("a,b\n1,2\n3,four\n\n5,6\n", [], "line 3, column b: got 'four', expected a finite number. Mend it"),
+        ("a,b\n1,2\n\n3,nan\n5,6\n", [], "line 4, column b: got 'nan'"),
+        (
+            "a;b\n1,5;2,5\n3,5;4,5\n",
+            ["--column", "a"],
+            "got '1,5', expected a finite number. Write decimals with",
+        ),
+        ("1,5;2,5\n3,5;4,5\n", [], "expected one. Write decimals with a point"),
+        (
+            "a;b\n1;2\n3;4;5\n",
+            [],
+            "line 3: got 3 cells, expected 2, as in the first line. The cells were taken to",
+        ),
+        ("name,q\nAnn,1\nBen,2\n", ["--column", "Q"], "got 'Q', expected one of q"),
+        (
+            "name,q\nAnn,1\nBen,2\n",
+            ["--column", "name"],
+            "got 'Ann', expected a finite number. The columns of",
+        ),
+        ("name,w\nAnn,x\nBen,y\n", ["--column", "q"], "a column of numbers, of which there is none"),
+        ("x,x\n1,2\n3,4\n", ["--column", "x"], "got 'x', the name of 2 columns"),
+        ("x,y\n1,2\n3,4\n", ["--column", "3"], "got '3', expected one of x, y"),
+        ("", [], "got 0 rows of data, expected at least two"),
+    ],
+)
+def test_a_table_that_cannot_be_taken_whole_says_where(
+    run: Run, tmp_path: Path, text: str, options: list[str], says: str
+) -> None:
+    (tmp_path / "own.csv").write_text(text)
+    assert says in only_error(run("explain", "--csv", "own.csv", *options))
+
+
 def test_files_appear_and_are_named(run: Run, tmp_path: Path) -> None:
     result = run("explain", "--html", "story.html", "--json", "story.json")
     assert result.exit_code == 0
@@ -95,10 +166,10 @@ def test_files_appear_and_are_named(run: Run, tmp_path: Path) -> None:
         (["--values", "1,2", "--column", "time"], "expected --csv"),
         (["--csv", "no.csv"], "--csv no.csv: got No such file or directory"),
         (["--csv", "."], "Is a directory"),
-        (["--csv", "runs.csv", "--column", "pace"], "got 'pace', expected one of name, time, heat"),
-        (["--csv", "runs.csv", "--column", "name"], "row 2, column name: got 'Ann'"),
+        (["--csv", "runs.csv", "--column", "pace"], "got 'pace', expected one of time, heat"),
+        (["--csv", "runs.csv", "--column", "name"], "line 2, column name: got 'Ann'"),
         (["--csv", "words.csv"], "no column that holds numbers alone"),
-        (["--csv", "ragged.csv"], "row 3: got 1 cells, expected 2"),
+        (["--csv", "ragged.csv"], "line 3: got 1 cell, expected 2"),
         (["--csv", "short.csv"], "at least two rows"),
         (["--csv", "binary.csv"], "no text in UTF-8"),
         (["--html", "story.txt"], "ends in .html"),

@@ -8,9 +8,11 @@ import pytest
 import torch
 
 import batchnorm
-from batchnorm._errors import DataError, MissingDependencyError
+from batchnorm._errors import DataError, InputError, MissingDependencyError
 from batchnorm.comparison import datasets
+from batchnorm.comparison.data import Data
 from batchnorm.comparison.datasets import bike_hours, load_data
+from batchnorm.comparison.resolve import resolve_data
 
 PARTS = {"train": 30, "t10k": 20}
 
@@ -51,9 +53,19 @@ def test_a_folder_can_be_compared_on(folder: Path) -> None:
     ("content", "expected"),
     [
         (None, "got no file train-images-idx3-ubyte"),
-        (b"", "expected a whole IDX file"),
-        (b"\x00\x00\x0d\x03" + bytes(40), "expected a whole IDX file"),
-        (idx(np.zeros((30, 6, 5)))[:-1], "expected a whole IDX file"),
+        (b"", "got an empty file"),
+        (b"\x89PNG" + bytes(40), "begins with 89 50 4e 47, expected 00 00 08"),
+        (gzip.compress(b"x"), "It is gzipped: name it with .gz at the end"),
+        (b"\x00\x00\x0d\x03" + bytes(40), "type: got 0x0D (float32), expected 0x08 (unsigned bytes)"),
+        (b"\x00\x00\x07\x03" + bytes(40), "got 0x07 (which IDX does not know)"),
+        (b"\x00\x00\x08\x00" + bytes(40), "header: got no axes"),
+        (b"\x00\x00\x08", "header: got 3 bytes"),
+        (b"\x00\x00\x08\x03" + bytes(9), "header: got 13 bytes, expected at least 16"),
+        (
+            idx(np.zeros((30, 6, 5)))[:-1],
+            "got 899 bytes, expected 900, as its header says: 30 x 6 x 5. It is cut",
+        ),
+        (idx(np.zeros((30, 6, 5))) + b"more", "got 904 bytes, expected 900"),
         (idx(np.zeros((30, 30))), "expected images (N, height, width)"),
         (idx(np.zeros((29, 6, 5))), "got 29 images and 30 labels"),
     ],
@@ -69,9 +81,63 @@ def test_broken_files(folder: Path, content: bytes | None, expected: str) -> Non
 
 
 def test_a_broken_archive(folder: Path) -> None:
-    (folder / "t10k-labels-idx1-ubyte.gz").write_bytes(b"not gzip")
-    with pytest.raises(DataError, match="cannot be read"):
-        load_data(str(folder))
+    path = folder / "t10k-labels-idx1-ubyte.gz"
+    whole = path.read_bytes()
+    for broken in (b"not gzip", whole[:-4], whole[:10] + b"\xff" * 9 + whole[19:]):
+        path.write_bytes(broken)
+        with pytest.raises(DataError, match="cannot be read"):
+            load_data(str(folder))
+
+
+def test_the_gzipped_of_two_forms_is_read(folder: Path) -> None:
+    (folder / "t10k-labels-idx1-ubyte").write_bytes(idx(np.zeros(20)))
+    assert load_data(str(folder)).y_test.tolist() == [*range(10), *range(10)]
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        (
+            "no/such",
+            "got 'no/such', no such folder, expected a folder with MNIST's files. It is looked for in ",
+        ),
+        ("gone/", "no such folder"),
+        ("{folder}/gone", "gone', no such folder, expected a folder with MNIST's files"),
+        ("{folder}/train-images-idx3-ubyte", "idx3-ubyte', a file, expected a folder"),
+        ("gone", "got 'gone', expected one of digits"),
+    ],
+)
+def test_a_folder_that_is_none(folder: Path, name: str, expected: str) -> None:
+    with pytest.raises(DataError) as caught:
+        load_data(name.format(folder=folder))
+    assert expected in str(caught.value)
+
+
+def loaders() -> None:
+    """What makes data when it is called."""
+
+
+@pytest.mark.parametrize(
+    ("data", "fix"),
+    [
+        (loaders, "Call it: data=loaders()."),
+        (lambda: None, "Call it: data=function()."),
+        ((loaders, loaders), "Call them: give what they return."),
+    ],
+    ids=["function", "lambda", "two"],
+)
+def test_a_function_is_to_be_called(data: object, fix: str) -> None:
+    with pytest.raises(DataError) as caught:
+        batchnorm.compare("mlp", data)
+    assert str(caught.value).endswith(fix)
+
+
+def test_a_task_that_is_not_the_datas_says_what_to_do() -> None:
+    with pytest.raises(InputError, match=r"Leave the task out, or give your own arrays\.$"):
+        resolve_data("digits", "regression")
+    data = Data(torch.randn(8, 2), torch.arange(8) % 2, torch.randn(8, 2), torch.arange(8) % 2)
+    with pytest.raises(InputError, match=r"Leave the task out, or make the data with this one\.$"):
+        resolve_data(data, "regression")
 
 
 def test_fashion_mnist_says_where_it_comes_from(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:

@@ -31,6 +31,11 @@ MOVES: list[dict[str, float]] = [
     {"eps": -1, "runners": 3},
     {"runners": 24, "trend": 0.4, "difference": 0},
     {"eps": 3, "difference": 0, "trend": 0.05},
+    {"difference": 0, "runners": 2},
+    {"difference": 8, "trend": 0.05, "runners": 2},
+    {"difference": 8, "trend": 0.4},
+    {"difference": 8, "trend": 0.4, "runners": 2},
+    {"eps": -1.25},
 ]
 
 

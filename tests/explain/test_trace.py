@@ -126,6 +126,41 @@ def test_equal_values_become_the_bias() -> None:
     assert "spread 0 after" in found.document().verdict
 
 
+def words_of_step_three(values: Any, **options: Any) -> str:
+    paragraph = batchnorm.trace(values, **options).document().sections[3].blocks[0]
+    return str(paragraph.text)  # type: ignore[union-attr]
+
+
+def test_step_three_says_what_became_of_the_spread() -> None:
+    assert "Now the mean is 0 and the spread 1" in words_of_step_three([1, 2, 6])
+    constant = words_of_step_three([5, 5, 5])
+    assert "spread 1" not in constant
+    assert "values are all equal: each of them becomes 0, the spread stays 0" in constant
+    small = [1e-4, 2e-4, 3e-4]
+    assert "spread is 0.0258, not 1, because ε = 1e-05 counts beside a variance of" in words_of_step_three(
+        small
+    )
+    assert "spread 0.0258 after" in batchnorm.trace(small).document().verdict
+    assert "Now the mean is 0 and the spread 1" in words_of_step_three(small, eps=1e-15)
+
+
+def test_step_three_names_the_channels_whose_spread_is_not_one() -> None:
+    some = words_of_step_three([[1.0, 5, 1e-4], [2, 5, 2e-4], [3, 5, 3e-4]])
+    assert "the spread 1, with exceptions. In channel 1 the values are all equal" in some
+    assert "In channel 2 the spread is 0.0258, not 1" in some
+    assert "channel 0" not in some.replace("The numbers are those of channel 0.", "")
+    every = words_of_step_three(torch.zeros(2, 7, 4))
+    assert "no spread is 1" in every
+    assert "In 4 more channels the spread is not 1 either" in every
+    assert "channel 3" not in every
+
+
+def test_numbers_in_a_list_keep_all_their_digits() -> None:
+    assert batchnorm.trace([1e9, 1e9 + 1, 1e9 + 2]).var.item() == pytest.approx(2 / 3)
+    assert batchnorm.trace([0.1, 0.3]).x.tolist() == [0.1, 0.3]
+    assert batchnorm.trace(np.float32([0.1, 0.3])).x[0].item() == float(np.float32(0.1))
+
+
 def test_json_holds_everything(tmp_path: Path) -> None:
     found = batchnorm.trace([[1, 2], [3, 8]], weight=2, eps=0.25)
     content = json.loads(found.to_json())

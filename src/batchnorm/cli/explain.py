@@ -1,7 +1,5 @@
 """`batchnorm explain`: what batch norm does, step by step, on made-up runners or on the user's own numbers."""
 
-import csv
-import math
 import sys
 from collections.abc import Iterable
 from dataclasses import replace
@@ -10,9 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from batchnorm._errors import DataError, InputError, OutputError, message
+from batchnorm._errors import InputError, OutputError, message
 from batchnorm._files import check_writable, write_whole
 from batchnorm.cli._output import STDOUT, check_json_target, guarded, stderr, stdout, write_json
+from batchnorm.cli._table import as_number, read_table
 
 if TYPE_CHECKING:
     from batchnorm.explain import Trace
@@ -43,12 +42,17 @@ def command(
     ] = None,
     table: Annotated[
         Path | None,
-        typer.Option("--csv", metavar="FILE", help="Your own table: a row a sample, a column a channel."),
+        typer.Option(
+            "--csv",
+            metavar="FILE",
+            help="Your own table: a row a sample, a column a channel; a first line of names may be there.",
+        ),
     ] = None,
     column: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="NAME", help="A column of the table; repeatable.  [default: all that hold numbers]"
+            metavar="NAME",
+            help="A column of the table, by name or number; repeatable.  [default: all that hold numbers]",
         ),
     ] = None,
     html: Annotated[
@@ -184,14 +188,16 @@ def _own(values: str | None, table: Path | None, columns: list[str]) -> "Trace":
 
     if table is None:
         return trace(_numbers(values or ""))
-    names, rows = _read(table, columns)
-    return replace(trace(rows), names=names)
+    read = read_table(table, columns)
+    for note in read.notes:
+        stderr().print(f"note: {table}: {note}", soft_wrap=True, markup=False)
+    return replace(trace(read.rows), names=read.names)
 
 
 def _numbers(text: str) -> list[float]:
     """Numbers between commas, semicolons or spaces."""
     parts = text.replace(",", " ").replace(";", " ").split()
-    numbers = [_number(part) for part in parts]
+    numbers = [as_number(part) for part in parts]
     for part, number in zip(parts, numbers, strict=True):
         if number is None:
             raise InputError(
@@ -207,65 +213,3 @@ def _numbers(text: str) -> list[float]:
             message("--values", got=repr(text), expected="at least two numbers", fix="As in 1,2,3.")
         )
     return [number for number in numbers if number is not None]
-
-
-def _number(text: str) -> float | None:
-    try:
-        value = float(text)
-    except ValueError:
-        return None
-    return value if math.isfinite(value) else None
-
-
-def _read(path: Path, wanted: list[str]) -> tuple[tuple[str, ...], list[list[float]]]:
-    """The names of the columns and the rows of a CSV file with a header; without names, all columns of numbers."""
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            lines = [line for line in csv.reader(file) if any(cell.strip() for cell in line)]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        reason = getattr(error, "strerror", None) or "it is no text in UTF-8 with commas"
-        raise DataError(
-            message(f"--csv {path}", got=reason, expected="a CSV file that can be read")
-        ) from error
-    if len(lines) < 3:
-        got = f"{len(lines)} lines"
-        raise DataError(message(f"--csv {path}", got=got, expected="a line of names and at least two rows"))
-    header, rows = [cell.strip() for cell in lines[0]], lines[1:]
-    for number, row in enumerate(rows, start=2):
-        if len(row) != len(header):
-            raise DataError(
-                message(f"--csv {path}, row {number}", got=f"{len(row)} cells", expected=f"{len(header)}")
-            )
-    chosen = [_place(path, header, name) for name in wanted] or [
-        place for place in range(len(header)) if all(_number(row[place]) is not None for row in rows)
-    ]
-    if not chosen:
-        raise DataError(
-            message(
-                f"--csv {path}",
-                got="no column that holds numbers alone",
-                expected="one",
-                fix="Name the columns in the first line, and fill or remove empty cells.",
-            )
-        )
-    return tuple(header[place] for place in chosen), [
-        [_cell(path, number, header[place], row[place]) for place in chosen]
-        for number, row in enumerate(rows, start=2)
-    ]
-
-
-def _place(path: Path, header: list[str], name: str) -> int:
-    if name not in header:
-        raise DataError(
-            message(f"--csv {path}, --column", got=repr(name), expected=f"one of {', '.join(header)}")
-        )
-    return header.index(name)
-
-
-def _cell(path: Path, row: int, column: str, text: str) -> float:
-    value = _number(text)
-    if value is None:
-        raise DataError(
-            message(f"--csv {path}, row {row}, column {column}", got=repr(text), expected="a finite number")
-        )
-    return value

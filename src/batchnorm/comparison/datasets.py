@@ -5,6 +5,7 @@ import gzip
 import io
 import math
 import zipfile
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ ONE_SCALE = (
 FASHION_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 # Fifty evaluations of a small convolutional network on 10,000 images take ten times as long as its training.
 TEST_IMAGES = 2000
+_IDX_TYPES = {0x09: "int8", 0x0B: "int16", 0x0C: "int32", 0x0D: "float32", 0x0E: "float64"}
 BIKE_INPUTS = ("workingday", "temp", "atemp", "hum", "windspeed")
 
 
@@ -47,7 +49,8 @@ def load_data(name: str) -> Data:
             - "bikeshare": islp's 8,645 hours of rented bikes in Washington, D.C., 2011; regression of
               log(1 + bikers) on seven numbers, a fifth of the days held out.
             - a folder that holds MNIST's four files, gzipped or not: train-images-idx3-ubyte,
-              train-labels-idx1-ubyte, t10k-images-idx3-ubyte, t10k-labels-idx1-ubyte.
+              train-labels-idx1-ubyte, t10k-images-idx3-ubyte, t10k-labels-idx1-ubyte. Where a file is there in both
+              forms, the gzipped one is read.
 
     Returns:
         Images have shape (N, 1, height, width), tables (N, columns).
@@ -61,12 +64,22 @@ def load_data(name: str) -> Data:
     folder = Path(name)
     if folder.is_dir():
         return _images(folder, folder.resolve().name)
+    if folder.exists() or "/" in name or "\\" in name:
+        raise DataError(
+            message(
+                "data",
+                got=f"{name!r}, {'a file' if folder.exists() else 'no such folder'}",
+                expected="a folder with MNIST's files",
+                fix=f"It is looked for in {Path.cwd()}." if not folder.is_absolute() else "",
+            )
+        )
     raise DataError(
         message(
             "data",
             got=repr(name),
             expected=f"one of {', '.join(DATASETS)}, or a folder with MNIST's files",
-            fix="Your own data is given as a function that returns four arrays or two loaders.",
+            fix="Your own data: in Python four arrays or two loaders, on the command line MODULE:FUNCTION, which "
+            "returns them.",
         )
     )
 
@@ -243,18 +256,56 @@ def _idx(folder: Path, name: str) -> NDArray[np.uint8]:
         )
     try:
         raw = gzip.decompress(found.read_bytes()) if found.suffix == ".gz" else found.read_bytes()
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise DataError(
             message(str(found), got=f"a file that cannot be read ({error})", expected="IDX")
         ) from error
-    axes = raw[3] if len(raw) > 3 and raw[:3] == b"\x00\x00\x08" else 0
-    begin = 4 + 4 * axes
+    begin = _header(raw, str(found))
     shape = [int.from_bytes(raw[at : at + 4], "big") for at in range(4, begin, 4)]
-    if not axes or len(raw) != begin + math.prod(shape):
+    length = math.prod(shape)
+    if len(raw) - begin != length:
         raise DataError(
-            message(str(found), got="other content", expected="a whole IDX file of unsigned bytes")
+            message(
+                f"{found}, data",
+                got=f"{len(raw) - begin:,} bytes",
+                expected=f"{length:,}, as its header says: {' x '.join(map(str, shape))}",
+                fix="It is cut short: get it again."
+                if len(raw) - begin < length
+                else "Something else follows the data: get it again.",
+            )
         )
     return np.frombuffer(bytearray(raw[begin:]), dtype=np.uint8).reshape(shape)
+
+
+def _header(raw: bytes, path: str) -> int:
+    """Where the data begin, after a header that is whole and says unsigned bytes."""
+    if not raw:
+        raise DataError(message(path, got="an empty file", expected="IDX: a header, then unsigned bytes"))
+    if raw[:2] != bytes(2):
+        raise DataError(
+            message(
+                path,
+                got=f"a file that begins with {raw[:4].hex(' ')}",
+                expected="00 00 08, as IDX of unsigned bytes does",
+                fix="It is gzipped: name it with .gz at the end." if raw[:2] == b"\x1f\x8b" else "",
+            )
+        )
+    if len(raw) > 2 and raw[2] != 0x08:
+        kind = _IDX_TYPES.get(raw[2], "which IDX does not know")
+        raise DataError(
+            message(f"{path}, type", got=f"0x{raw[2]:02X} ({kind})", expected="0x08 (unsigned bytes)")
+        )
+    axes = raw[3] if len(raw) > 3 else 0
+    if not axes or len(raw) < 4 + 4 * axes:
+        size = f"at least {4 + 4 * axes}: four, and four for the size of each axis"
+        raise DataError(
+            message(
+                f"{path}, header",
+                got="no axes" if len(raw) > 3 and not axes else f"{len(raw)} bytes",
+                expected="one or three" if len(raw) > 3 and not axes else size,
+            )
+        )
+    return 4 + 4 * axes
 
 
 def _scaled(x_train: Tensor, y_train: Tensor, x_test: Tensor, y_test: Tensor, name: str) -> Data:

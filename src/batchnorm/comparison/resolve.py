@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from batchnorm._errors import DataError, InputError, message
 from batchnorm.comparison.data import CLASSIFICATION, Data, Loaders
@@ -31,7 +31,13 @@ def resolve_data(data: object, task: str | None = None) -> Data | Loaders:
     if isinstance(known, Data | Loaders):
         if task not in (None, known.task):
             raise InputError(
-                message("task", got=repr(task), expected=f"{known.task}, which the data {known.name} are for")
+                message(
+                    "task",
+                    got=repr(task),
+                    expected=f"{known.task}, which the data {known.name} are for",
+                    fix="Leave the task out, or "
+                    + ("give your own arrays." if isinstance(data, str) else "make the data with this one."),
+                )
             )
         return known
     return _given(data, task or CLASSIFICATION)
@@ -60,7 +66,9 @@ def _given(data: object, task: str) -> Data | Loaders:
                     "data",
                     got=f"a pair of {type(data[0]).__name__} and {type(data[1]).__name__}",
                     expected="(train_loader, test_loader)",
-                    fix="Give tensors as four: (x_train, y_train, x_test, y_test).",
+                    fix="Call them: give what they return."
+                    if any(_is_function(part) for part in data)
+                    else "Give tensors as four: (x_train, y_train, x_test, y_test).",
                 )
             )
     kind = (
@@ -74,6 +82,7 @@ def _given(data: object, task: str) -> Data | Loaders:
             got=kind,
             expected=f"one of the names {', '.join(DATASETS)}, a folder with MNIST's files, a Data, four arrays "
             "(x_train, y_train, x_test, y_test) or two loaders (train_loader, test_loader)",
+            fix=f"Call it: data={_called(data)}()." if _is_function(data) else "",
         )
     )
 
@@ -94,6 +103,16 @@ def _check_order(parts: Sequence[Any]) -> None:
                 fix="Swap the second and the third.",
             )
         )
+
+
+def _is_function(value: object) -> bool:
+    """Whether it makes the data when called, as the command line's MODULE:FUNCTION does."""
+    return callable(value) and not isinstance(value, nn.Module)
+
+
+def _called(function: object) -> str:
+    name = str(getattr(function, "__name__", ""))
+    return name if name.isidentifier() else "function"
 
 
 def _is_pair(value: object) -> bool:

@@ -189,6 +189,10 @@ def _numbers(value: Any, name: str) -> Tensor:
     """`value` as float64 on the CPU, finite and real; a copy, so that the trace stays what it was."""
     try:
         x = value.detach() if isinstance(value, Tensor) else torch.as_tensor(value)
+        if x.dtype == torch.float32 and not hasattr(
+            value, "dtype"
+        ):  # of Python's floats, which hold more digits
+            x = torch.as_tensor(value, dtype=torch.float64)
     except (TypeError, ValueError, RuntimeError) as error:
         got = _kind(value)
         fix = "Rows must be of one length."

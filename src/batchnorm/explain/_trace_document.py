@@ -14,14 +14,14 @@ __all__ = ["formulas", "tell"]
 _CHANNELS = 3  # what one picture can tell apart
 _POINTS = 200
 _ROWS = 12
+_NORMALIZE = 3  # the step
 _COLOURS = ("with", "without", "muted")
 _SYMBOLS = ("circle", "diamond", "square")
 
 WORDS = (
     "Add up the batch and divide: the one number that stands for all of it.",
     "How far the values lie from that mean, squared and averaged. Its root σ is the spread, in the values' own unit.",
-    "Take the mean off, divide by the spread. Now the mean is 0 and the spread 1, whatever they were. ε is a small "
-    "number that keeps the division safe where all values are equal.",
+    "Take the mean off, divide by the spread.",
     "Stretch by γ and move by β. A network learns both, so that it may undo the normalization where that is better.",
 )
 
@@ -44,7 +44,8 @@ def tell(trace: Trace) -> Document:
     sections = [Section("The batch", [_table(trace)])]
     for step, (name, words, line, picture) in enumerate(zip(NAMES, WORDS, lines, pictures, strict=True), 1):
         of = f" The numbers are those of {trace.names[0]}." if trace.channels > 1 and step == 1 else ""
-        blocks: list[Block] = [Paragraph(words + of), line, picture]
+        found = f" {_normalized(trace)}" if step == _NORMALIZE else ""
+        blocks: list[Block] = [Paragraph(words + of + found), line, picture]
         sections.append(Section(f"Step {step}: {name[0].lower()}{name[1:]}", blocks))
     return Document("Batch norm in four steps", _verdict(trace), sections, facts=_facts(trace))
 
@@ -62,13 +63,52 @@ def formulas(
 
 def _verdict(trace: Trace) -> str:
     mean, var = trace.mean[0].item(), trace.var[0].item()
-    after = trace.channel(trace.xhat, 0)
-    spread = (sum(value * value for value in after) / len(after)) ** 0.5
     size = plural(trace.count, "value")
     what = size if trace.channels == 1 else f"{trace.channels} channels of {size} each; {trace.names[0]}"
     return (
         f"{what}: mean {number(mean)} and spread "
-        f"{number(var**0.5)} before, mean 0 and spread {spread:.3g} after normalization."
+        f"{number(var**0.5)} before, mean 0 and spread {_spreads(trace)[0]} after normalization."
+    )
+
+
+def _spreads(trace: Trace) -> list[str]:
+    """The spread of each channel of x̂: 1 where ε is small beside the variance, 0 where all values are equal."""
+    squares = trace.xhat.square()
+    means = squares if squares.dim() == 1 else squares.transpose(0, 1).flatten(1)
+    spreads: list[float] = means.mean(-1).sqrt().flatten().tolist()
+    return [number(spread, 3) for spread in spreads]
+
+
+def _normalized(trace: Trace) -> str:
+    """What step 3 leads to: spread 1, unless ε counts beside the variance, or there is none."""
+    safe = "ε is a small number that keeps the division safe where all values are equal."
+    spreads = _spreads(trace)
+    others = [index for index, spread in enumerate(spreads) if spread != "1"]
+    if not others:
+        return f"Now the mean is 0 and the spread 1, whatever they were. {safe}"
+    told = [_short_of_one(trace, index, spreads[index]) for index in others[:_CHANNELS]]
+    more = len(others) - len(told)
+    rest = [f"In {plural(more, 'more channel')} the spread is not 1 either."] if more else []
+    if trace.channels == 1:
+        first = "Now the mean is 0."
+    elif len(others) == trace.channels:
+        first = "Now every mean is 0, but no spread is 1."
+    else:
+        first = "Now every mean is 0 and the spread 1, with exceptions."
+    return " ".join([first, *told, *rest])
+
+
+def _short_of_one(trace: Trace, index: int, spread: str) -> str:
+    """Why the spread of a channel is not 1 after normalization."""
+    var, where = trace.var[index].item(), f"In {trace.names[index]} the" if trace.channels > 1 else "The"
+    if var == 0:
+        return (
+            f"{where} values are all equal: each of them becomes 0, the spread stays 0, and it is ε that keeps the "
+            "division safe."
+        )
+    return (
+        f"{where} spread is {spread}, not 1, because ε = {trace.eps:g} counts beside a variance of "
+        f"{number(var)}. The same values in a smaller unit have a larger variance."
     )
 
 

@@ -27,13 +27,16 @@ __all__ = [
     "COOL",
     "DAYS",
     "LINE_FROM",
+    "PER_DEGREE",
     "RUNNERS",
+    "WIDENING",
     "Draws",
     "Season",
     "Settings",
     "draws",
     "extremes",
     "season",
+    "visible",
 ]
 
 RUNNERS, DAYS = 24, 40

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from typing import Any
 
 from batchnorm.explain._steps import small
-from batchnorm.explain.runners import COOL, DAYS, Season, extremes
+from batchnorm.explain.runners import BASE, COOL, DAYS, PER_DEGREE, WIDENING, Season, extremes, visible
 from batchnorm.explain.texts import TEXTS
 
 __all__ = ["as_text", "numbers", "say", "table"]
@@ -52,6 +52,7 @@ def numbers(found: Season) -> dict[str, float | str]:
     }
     if found.before is not None:
         result["before"] = found.before
+        result["hidden"] = (_without_heat(found) or 0.0) - found.before
     if found.before is not None and found.after is not None:
         result |= {"after": found.after, "gain": found.after - found.before}
     spread = found.var.sqrt()
@@ -60,7 +61,10 @@ def numbers(found: Season) -> dict[str, float | str]:
         result[f"{name}_spread"] = spread[found.hot == kind].mean().item()
     result["widening"] = float(result["hot_spread"]) - float(result["cool_spread"])
     left = (found.var / (found.var + at.eps)).sqrt()
-    result |= {"spread_low": left.min().item(), "spread_high": left.max().item()}
+    typical = left.sort().values[
+        (DAYS - 1) // 2
+    ]  # more than half of the days have this spread or a larger one
+    result |= {"spread_low": left.min().item(), "spread": typical.item(), "spread_high": left.max().item()}
     return result | _of_the_two(found)
 
 
@@ -87,6 +91,12 @@ def _filled(text: str, known: Mapping[str, float | str]) -> str:
         return value if isinstance(value, str) else as_text(value, int(digits) if digits else None)
 
     return re.sub(r"\{(\w+)(?::(\d))?\}", put, text)
+
+
+def _without_heat(found: Season) -> float | None:
+    """The correlation that the same runs would have, had no day been hot."""
+    heat = (PER_DEGREE * found.settings.difference * found.hot)[:, None]
+    return visible((found.x - BASE - heat) / (1 + WIDENING * heat), found.form, found.members)
 
 
 def _of_the_two(found: Season) -> dict[str, float]:

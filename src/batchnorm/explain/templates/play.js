@@ -188,7 +188,7 @@
     });
   };
 
-  Object.assign(report, { compute: season, extremes, fixed, small, sum });
+  Object.assign(report, { compute: season, extremes, fixed, small, sum, visible });
   document.addEventListener("settings", ({ detail }) => show(detail));
   show(report.settings());
 })();

@@ -40,11 +40,23 @@
     return result;
   };
 
+  // The correlation that the same runs would have, had no day been hot.
+  const withoutHeat = (found, { difference }) => {
+    const times = found.x.map((row, day) => {
+      const heat = draws.perDegree * difference * draws.hot[day];
+      return row.map((value) => (value - draws.base - heat) / (1 + draws.widening * heat));
+    });
+    return report.visible(times, found);
+  };
+
   const numbers = (found, settings) => {
     const { difference, trend, runners, gamma, beta } = settings;
     const known = { difference, hot: draws.cool + difference, trend, runners, gamma, beta };
     known.eps = report.small(settings.eps);
-    if (found.before !== null) known.before = found.before;
+    if (found.before !== null) {
+      known.before = found.before;
+      known.hidden = (withoutHeat(found, settings) ?? 0) - found.before;
+    }
     if (found.before !== null && found.after !== null) {
       known.after = found.after;
       known.gain = found.after - found.before;
@@ -58,6 +70,7 @@
     known.widening = known.hot_spread - known.cool_spread;
     const left = found.var.map((value) => Math.sqrt(value / (value + settings.eps)));
     known.spread_low = Math.min(...left);
+    known.spread = [...left].sort((a, b) => a - b)[Math.floor((days - 1) / 2)];
     known.spread_high = Math.max(...left);
     return { ...known, ...ofTheTwo(found, settings) };
   };
