@@ -18,6 +18,7 @@ from batchnorm.kernels.cpu.tensors import (
     back,
     beside,
     numbers,
+    plain,
     room_for_bits,
     see,
     vector,
@@ -38,6 +39,7 @@ _cpu: Any = extension()
 
 def moments(input: Tensor, mask: Tensor | None, groups: int) -> tuple[Tensor, Tensor, Tensor]:
     """Mean and m2 = Σ(x − mean)², both (1, C), and the count (1, 1)."""
+    plain(mask, groups)
     x, last, n, c, s = see(input)
     mean, m2 = torch.empty(1, c, dtype=DOUBLE), torch.empty(1, c, dtype=DOUBLE)
     _cpu.moments(CODES[x.dtype], last, n, c, s, x.data_ptr(), mean.data_ptr(), m2.data_ptr())
@@ -56,6 +58,7 @@ def normalize(
     slope: float,
 ) -> tuple[Tensor, Tensor]:
     """Given statistics: (output, saved)."""
+    plain(mask, mean.shape[0])
     mean, invstd = numbers(mean), numbers(invstd)
     y, bits = _normalize(
         input, weight, bias, residual, activation, slope, (mean.data_ptr(), invstd.data_ptr()), None
@@ -181,6 +184,7 @@ def grad_sums(
     slope: float,
 ) -> tuple[Tensor, Tensor]:
     """Given statistics: Σg and Σg·x̂, both (1, C)."""
+    plain(mask, mean.shape[0])
     arguments, _, _, alive = _gradient(
         grad_output, input, mean, invstd, weight, bias, kept, residual, activation, slope
     )
@@ -207,6 +211,7 @@ def grad_input(
     slope: float,
 ) -> tuple[Tensor, Tensor]:
     """Given statistics and sums: (grad_input, grad_residual)."""
+    plain(mask, mean.shape[0])
     arguments, x, known, alive = _gradient(
         grad_output, input, mean, invstd, weight, bias, kept, residual, activation, slope
     )

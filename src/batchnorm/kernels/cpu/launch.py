@@ -32,6 +32,7 @@ from batchnorm.kernels.cpu.tensors import (
     back,
     beside,
     numbers,
+    plain,
     room_for_bits,
     see,
     vector,
@@ -105,6 +106,7 @@ def forward(
     slope: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Training: (output, mean, var, count, saved)."""
+    plain(mask, groups)
     channels = input.shape[1]
     mean, var = torch.empty(1, channels, dtype=DOUBLE), torch.empty(1, channels, dtype=DOUBLE)
     y, bits = _forward(
@@ -255,6 +257,7 @@ def backward(
     slope: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Training: (grad_input, grad_weight, grad_bias, grad_residual); empty where there is nothing to differentiate."""
+    plain(mask, mean.shape[0])
     mean, var = numbers(mean), numbers(var)
     dx, dweight, dbias, dresidual = _backward(
         grad_output, input, (mean.data_ptr(), var.data_ptr()), weight, bias, kept, residual, eps, activation, slope

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from batchnorm._errors import BackendError, message
+
 __all__ = [
     "ACTIVATIONS",
     "BEFORE",
@@ -14,6 +16,7 @@ __all__ = [
     "back",
     "beside",
     "numbers",
+    "plain",
     "room_for_bits",
     "see",
     "vector",
@@ -86,3 +89,16 @@ def back(result: Tensor, input: Tensor) -> Tensor:
 def numbers(values: Tensor) -> Tensor:
     """Per-channel numbers as the kernels read them: float64, one after the other."""
     return values.to(DOUBLE).contiguous()
+
+
+def plain(mask: Tensor | None, groups: int) -> None:
+    """Refuse what the kernels would otherwise not see."""
+    if mask is not None or groups != 1:
+        raise BackendError(
+            message(
+                "the CPU kernels",
+                got="a mask" if mask is not None else f"{groups} groups",
+                expected="no mask and one group",
+                fix="Use batchnorm.reference, which has both.",
+            )
+        )
