@@ -85,7 +85,7 @@ def train(
     backend: str,
 ) -> Tensor:
     """Normalize by the batch's own statistics, and update the running ones and their counter."""
-    if backend == "cpu" and not is_traced(input):
+    if backend == "cpu" and mask is None and groups == 1 and not is_traced(input):
         return eager.train(
             kernels_of(backend), input, weight, bias, residual, running, eps, activation, slope
         )
@@ -129,7 +129,7 @@ def normalize(
         return aten.batch_norm(
             input, running_mean, running_var, None, weight, bias, residual, mask, eps, activation, slope
         )
-    if backend == "cpu" and not is_traced(input):
+    if backend == "cpu" and mask is None and not is_traced(input):
         return eager.evaluate(
             kernels_of(backend), input, weight, bias, residual, running_mean, running_var, eps, activation, slope
         )  # fmt: skip

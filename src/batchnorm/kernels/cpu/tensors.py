@@ -3,8 +3,6 @@
 import torch
 from torch import Tensor
 
-from batchnorm._errors import BackendError, message
-
 __all__ = [
     "ACTIVATIONS",
     "BEFORE",
@@ -15,8 +13,8 @@ __all__ = [
     "arithmetic",
     "back",
     "beside",
+    "frequencies",
     "numbers",
-    "plain",
     "room_for_bits",
     "see",
     "vector",
@@ -72,10 +70,15 @@ def room_for_bits(x: Tensor, residual: Tensor | None, activation: str | None) ->
     return torch.empty(count, dtype=torch.uint8)
 
 
-def arithmetic(x: Tensor, residual: Tensor | None, activation: str | None) -> torch.dtype:
+def arithmetic(
+    x: Tensor, residual: Tensor | None, mask: Tensor | None, activation: str | None
+) -> torch.dtype:
     """The dtype in which the call keeps the digits of a wider residual and of what stands before silu and gelu."""
-    if activation in BEHIND and x.dtype in _HALF:
-        return torch.float32
+    if activation in BEHIND:
+        if x.dtype in _HALF:
+            return torch.float32
+        if mask is not None:  # PyTorch's float32 silu and gelu are off by more than all the rest
+            return DOUBLE
     return x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
 
 
@@ -91,14 +94,9 @@ def numbers(values: Tensor) -> Tensor:
     return values.to(DOUBLE).contiguous()
 
 
-def plain(mask: Tensor | None, groups: int) -> None:
-    """Refuse what the kernels would otherwise not see."""
-    if mask is not None or groups != 1:
-        raise BackendError(
-            message(
-                "the CPU kernels",
-                got="a mask" if mask is not None else f"{groups} groups",
-                expected="no mask and one group",
-                fix="Use batchnorm.reference, which has both.",
-            )
-        )
+def frequencies(mask: Tensor | None) -> tuple[int, Tensor | None]:
+    """A mask (N, *S) as the kernels read it, float64: (address, what must live until the call is over)."""
+    if mask is None:
+        return 0, None
+    mask = numbers(mask)
+    return mask.data_ptr(), mask
