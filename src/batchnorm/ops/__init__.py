@@ -22,6 +22,7 @@ from batchnorm.ops.backends import (
     explain_backend,
     kernels_of,
 )
+from batchnorm.ops.inplace import check_inplace, normalize_
 
 __all__ = [
     "BackendChoice",
@@ -29,12 +30,14 @@ __all__ = [
     "Candidate",
     "Running",
     "call_of",
+    "check_inplace",
     "check_name",
     "choose",
     "explain_backend",
     "is_jit_tracing",
     "is_traced",
     "normalize",
+    "normalize_",
     "train",
 ]
 
