@@ -84,6 +84,23 @@ system:
 		DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends $$missing >/dev/null; \
 	fi
 
+# An environment of its own, which has the packages of $(VENV) but not its installation of this one. The runtimes come
+# first in the process, as they must; leaks are Python's and PyTorch's.
+SANITIZE := build/sanitize
+RUNTIME = $(foreach library,asan ubsan stdc++,$(shell $(CXX) -print-file-name=lib$(library).so))
+
+.PHONY: sanitize
+sanitize: $(STAMP) ## the tests of the C++ kernels with the address and the undefined behaviour sanitizer
+	@$(BIN)/python -m venv --without-pip $(SANITIZE)
+	@$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+		> $$($(SANITIZE)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/packages.pth
+	@echo "Building the extension with sanitizers"
+	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/pip --python $(SANITIZE)/bin/python install -qq --force-reinstall --no-deps \
+		--no-build-isolation -C build-dir=$(SANITIZE)/cmake -C cmake.build-type=Debug -C cmake.define.BATCHNORM_SANITIZE=ON .
+	@LD_PRELOAD="$(RUNTIME)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 CI=true \
+		$(SANITIZE)/bin/python -m pytest -q -p no:cacheprovider -m '$(QUICK)' \
+		tests/kernels tests/layers/test_mask.py tests/layers/test_inplace.py tests/layers/test_numerics.py
+
 # It asks for nothing but torch and pytest, and collects only files that hold GPU tests, because the
 # other ones may need packages that are not there.
 .PHONY: test-gpu

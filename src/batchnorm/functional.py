@@ -26,6 +26,7 @@ def batch_norm(
     negative_slope: float = 0.01,
     residual: Tensor | None = None,
     mask: Tensor | None = None,
+    inplace: bool = False,
     backend: str | None = None,
 ) -> Tensor:
     r"""Batch normalization, with an activation, a residual and a mask if you like.
@@ -51,13 +52,15 @@ def batch_norm(
         residual: same shape as `input`, added before the activation.
         mask: shape (N, *S), or broadcastable to it: True (or a weight, taken as a frequency) where the input is
             valid. The output is 0 where it is not, and what stands there (NaN included) reaches nothing.
+        inplace: write y into the memory of `input` and return it; for inference alone: eval mode, without a gradient.
         backend: None for the best one, or a name; `explain_backend` lists them.
 
     Returns:
         y, with the shape, dtype and memory layout of `input`.
 
     Raises:
-        InputError: shapes, devices or options that do not fit, or one value per channel in training.
+        InputError: shapes, devices or options that do not fit, one value per channel in training, or `inplace` where
+            the input is needed again (training, autograd, tracing) or its elements share memory (expanded).
         InputTypeError: integer or complex input.
         BackendError: a `backend` asked for by name cannot run the call.
 
@@ -96,6 +99,8 @@ def batch_norm(
         mask,
         False,
         backend,
+        None,
+        inplace,
     )
 
 
@@ -117,6 +122,7 @@ def layer_batch_norm(
     skip_nonfinite: bool,
     backend: str | None,
     dimensions: tuple[int, ...] | None = None,
+    inplace: bool = False,
 ) -> Tensor:
     """`batch_norm` with what only a layer has: num_batches_tracked, the rule for non-finite statistics, its rank.
 
@@ -140,8 +146,10 @@ def layer_batch_norm(
         )
         if residual is not None:
             _check_residual(input, residual)
+    if inplace:
+        ops.check_inplace(input, training, ops.is_traced(input), weight, bias, residual)
     if not training and running_mean is not None and running_var is not None:
-        return ops.normalize(
+        return (ops.normalize_ if inplace else ops.normalize)(
             input, weight, bias, residual, mask, running_mean, running_var, eps, activation, slope, name
         )
     running = None

@@ -251,7 +251,7 @@ def test_a_forked_child_computes_the_same_and_does_not_hang() -> None:
     x = torch.randn(64, 33, 50)
     mean, m2, _ = launch.moments(x, None, 1)
     found = torch.zeros(2, 33, dtype=torch.float64)
-    arguments = (0, False, 64, 33, 50, x.data_ptr(), found[0].data_ptr(), found[1].data_ptr())
+    arguments = (0, False, 64, 33, 50, x.data_ptr(), 0, found[0].data_ptr(), found[1].data_ptr())
     values = memoryview(found.numpy())
     expected = memoryview(torch.cat([mean, m2]).numpy())
     child = os.fork()

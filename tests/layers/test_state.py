@@ -38,7 +38,9 @@ def test_is_a_torch_batch_norm_with_torchs_constructor(
     extras = [mine[name] for name in mine if name not in inspect.signature(torchs).parameters]
     assert {extra.name for extra in extras} >= {"activation", "nonfinite", "backend"}
     assert all(extra.kind is inspect.Parameter.KEYWORD_ONLY for extra in extras)
-    assert list(inspect.signature(ours.forward).parameters) == ["self", "input", "residual", "mask"]
+    assert list(inspect.signature(ours.forward).parameters) == [
+        "self", "input", "residual", "mask", "inplace",
+    ]  # fmt: skip
     x = torch.randn(shape)
     assert torch.equal(ours(3).eval()(input=x), torchs(3).eval()(input=x))
 

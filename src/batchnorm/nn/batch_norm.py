@@ -68,8 +68,15 @@ class Extras(_Base):
         # when it was traced; pickle looks at the class.
         self.__dict__["__module__"] = torch.nn.BatchNorm1d.__module__
 
-    def forward(self, input: Tensor, residual: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        """y = act(batch norm(input) + residual); see the class."""
+    def forward(
+        self,
+        input: Tensor,
+        residual: Tensor | None = None,
+        mask: Tensor | None = None,
+        *,
+        inplace: bool = False,
+    ) -> Tensor:
+        """y = act(batch norm(input) + residual); see the class. `inplace`, for inference: y in the input's memory."""
         if self._checks_itself:
             self._check_input_dim(input)  # type: ignore[no-untyped-call]
         training, tracking = self.training, self.track_running_stats
@@ -96,6 +103,7 @@ class Extras(_Base):
             self.nonfinite == "skip",
             self.backend,
             None if self._checks_itself else self._dimensions,
+            inplace,
         )
 
     def extra_repr(self) -> str:
@@ -180,7 +188,8 @@ class BatchNorm1d(_Sized, torch.nn.BatchNorm1d):
 
     Shape:
         input and `residual`: (N, C) or (N, C, L). `mask`: (N,) or (N, L), or what broadcasts to it: True, or a
-        weight taken as a frequency, where the input is valid. Output: the input's, and 0 where the mask is.
+        weight taken as a frequency, where the input is valid. Output: the input's, and 0 where the mask is. With
+        `layer(input, inplace=True)` it is the input's memory, too: in eval mode, where no gradient is wanted.
 
     Raises:
         InputError: shapes or options that do not fit, or one value per channel in training.

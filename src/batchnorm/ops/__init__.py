@@ -22,6 +22,7 @@ from batchnorm.ops.backends import (
     explain_backend,
     kernels_of,
 )
+from batchnorm.ops.inplace import check_inplace, normalize_
 
 __all__ = [
     "BackendChoice",
@@ -29,12 +30,14 @@ __all__ = [
     "Candidate",
     "Running",
     "call_of",
+    "check_inplace",
     "check_name",
     "choose",
     "explain_backend",
     "is_jit_tracing",
     "is_traced",
     "normalize",
+    "normalize_",
     "train",
 ]
 
@@ -85,7 +88,7 @@ def train(
     backend: str,
 ) -> Tensor:
     """Normalize by the batch's own statistics, and update the running ones and their counter."""
-    if backend == "cpu" and not is_traced(input):
+    if backend == "cpu" and mask is None and groups == 1 and not is_traced(input):
         return eager.train(
             kernels_of(backend), input, weight, bias, residual, running, eps, activation, slope
         )
@@ -129,7 +132,7 @@ def normalize(
         return aten.batch_norm(
             input, running_mean, running_var, None, weight, bias, residual, mask, eps, activation, slope
         )
-    if backend == "cpu" and not is_traced(input):
+    if backend == "cpu" and mask is None and not is_traced(input):
         return eager.evaluate(
             kernels_of(backend), input, weight, bias, residual, running_mean, running_var, eps, activation, slope
         )  # fmt: skip

@@ -9,8 +9,9 @@ from batchnorm._activations import activation_named
 __all__ = ["Unnormalized", "shielded"]
 
 
-# torch.fx does not look into it: its shapes are numbers in a real call only.
+# torch.fx does not look into them: shapes and choices are known in a real call only.
 torch.fx.wrap("shielded")
+torch.fx.wrap("placed")
 
 
 def shielded(output: Tensor, mask: Tensor) -> Tensor:
@@ -21,6 +22,11 @@ def shielded(output: Tensor, mask: Tensor) -> Tensor:
     """
     axes = (1,) * (output.dim() - 1 - mask.dim()) + tuple(mask.shape)
     return torch.where(mask.reshape(axes).unsqueeze(1) != 0, output, output.new_zeros(()))
+
+
+def placed(output: Tensor, input: Tensor, inplace: bool) -> Tensor:
+    """`output`, or with `inplace` the input, which then holds its values."""
+    return input.copy_(output) if inplace else output
 
 
 class Unnormalized(nn.Module):
@@ -41,13 +47,22 @@ class Unnormalized(nn.Module):
         self.activation = activation
         self.negative_slope = negative_slope
 
-    def forward(self, input: Tensor, residual: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        input: Tensor,
+        residual: Tensor | None = None,
+        mask: Tensor | None = None,
+        *,
+        inplace: bool = False,
+    ) -> Tensor:
         """Shapes: input and residual (N, C, *S), mask (N, *S), whose missing leading axes broadcast."""
         output = input if residual is None else input + residual
         if mask is not None:
             output = shielded(output, mask)
         activation = activation_named(self.activation)
-        return output if activation is None else activation.forward(output, self.negative_slope)
+        if activation is not None:
+            output = activation.forward(output, self.negative_slope)
+        return placed(output, input, inplace)
 
     def extra_repr(self) -> str:
         """The options, as in the constructor."""

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from batchnorm.kernels.cpu import extension
+from batchnorm.kernels.cpu import groups as by_group
 from batchnorm.kernels.cpu.tensors import (
     ACTIVATIONS,
     BEFORE,
@@ -17,6 +18,7 @@ from batchnorm.kernels.cpu.tensors import (
     arithmetic,
     back,
     beside,
+    frequencies,
     numbers,
     room_for_bits,
     see,
@@ -38,10 +40,15 @@ _cpu: Any = extension()
 
 def moments(input: Tensor, mask: Tensor | None, groups: int) -> tuple[Tensor, Tensor, Tensor]:
     """Mean and m2 = Σ(x − mean)², both (1, C), and the count (1, 1)."""
+    if groups != 1:
+        return by_group.moments(moments, input, mask, groups)
     x, last, n, c, s = see(input)
     mean, m2 = torch.empty(1, c, dtype=DOUBLE), torch.empty(1, c, dtype=DOUBLE)
-    _cpu.moments(CODES[x.dtype], last, n, c, s, x.data_ptr(), mean.data_ptr(), m2.data_ptr())
-    return mean, m2, torch.full((1, 1), float(n * s), dtype=DOUBLE)
+    frequency, _frequencies = frequencies(mask)
+    count = _cpu.moments(
+        CODES[x.dtype], last, n, c, s, x.data_ptr(), frequency, mean.data_ptr(), m2.data_ptr()
+    )
+    return mean, m2, torch.full((1, 1), count, dtype=DOUBLE)
 
 
 def normalize(
@@ -56,9 +63,13 @@ def normalize(
     slope: float,
 ) -> tuple[Tensor, Tensor]:
     """Given statistics: (output, saved)."""
+    if mean.shape[0] != 1:
+        return by_group.normalize(
+            normalize, input, mean, invstd, weight, bias, residual, mask, activation, slope
+        )
     mean, invstd = numbers(mean), numbers(invstd)
     y, bits = _normalize(
-        input, weight, bias, residual, activation, slope, (mean.data_ptr(), invstd.data_ptr()), None
+        input, weight, bias, residual, mask, activation, slope, (mean.data_ptr(), invstd.data_ptr()), None
     )
     return y, torch.empty(0, dtype=torch.uint8) if bits is None else bits
 
@@ -82,7 +93,8 @@ def eval_forward(
     m, m_code, _m = vector(running_mean)
     v, v_code, _v = vector(running_var)
     y, bits = _normalize(
-        input, weight, bias, residual, activation, slope, (mean, mean + 8 * channels), (eps, m, m_code, v, v_code), out
+        input, weight, bias, residual, None, activation, slope, (mean, mean + 8 * channels),
+        (eps, m, m_code, v, v_code), out,
     )  # fmt: skip
     return y, bits, statistics
 
@@ -92,6 +104,7 @@ def _normalize(
     weight: Tensor | None,
     bias: Tensor | None,
     residual: Tensor | None,
+    mask: Tensor | None,
     activation: str | None,
     slope: float,
     statistics: tuple[int, int],
@@ -100,9 +113,11 @@ def _normalize(
 ) -> tuple[Tensor, Tensor | None]:
     """(output, bits) by (mean, invstd), which are written first where running statistics are given."""
     if (residual is not None or activation in BEHIND) and (
-        wide := arithmetic(input, residual, activation)
+        wide := arithmetic(input, residual, mask, activation)
     ) != input.dtype:
-        y, bits = _normalize(input.to(wide), weight, bias, residual, activation, slope, statistics, running)
+        y, bits = _normalize(
+            input.to(wide), weight, bias, residual, mask, activation, slope, statistics, running
+        )
         return back(y, input) if out is None else out.copy_(y), bits
     x, last, n, c, s = see(input)
     y = torch.empty_like(x) if out is None or x is not input else out
@@ -113,8 +128,9 @@ def _normalize(
         residual = beside(residual, x)
         bits = room_for_bits(x, residual, activation)
         r, kept = residual.data_ptr(), bits.data_ptr()
+    frequency, _frequencies = frequencies(mask)
     common = (
-        CODES[x.dtype], last, n, c, s, x.data_ptr(), w, w_code, b, b_code, r, y.data_ptr(), kept,
+        CODES[x.dtype], last, n, c, s, x.data_ptr(), frequency, w, w_code, b, b_code, r, y.data_ptr(), kept,
         ACTIVATIONS.get(activation, 0), slope,
     )  # fmt: skip
     if running is None:
@@ -137,20 +153,22 @@ def _gradient(
     bias: Tensor | None,
     kept: Tensor,
     residual: bool,
+    mask: Tensor | None,
     activation: str | None,
     slope: float,
 ) -> tuple[tuple[Any, ...], Tensor, Tensor | None, list[Tensor | None]]:
     """What grad_sums and grad_input share: (the kernels' arguments, x, g where it is known already, what must live)."""
     bits = residual and activation in WITH_BITS
     added = kept if residual and activation is not None and not bits else None
-    wide = arithmetic(input, added, activation)
+    wide = arithmetic(input, added, mask, activation)
     x, last, n, c, s = see(input if wide == input.dtype else input.to(wide))
     dy = beside(grad_output, x)
     added = None if added is None else beside(added, x)
     mean, invstd = numbers(mean), numbers(invstd)
     w, w_code, w_alive = vector(weight)
     b, b_code, b_alive = vector(bias)
-    before = (CODES[x.dtype], last, n, c, s, x.data_ptr(), w, w_code, b, b_code)
+    frequency, f_alive = frequencies(mask)
+    before = (CODES[x.dtype], last, n, c, s, x.data_ptr(), frequency, w, w_code, b, b_code)
     known = None
     if activation in BEHIND:
         z = torch.empty_like(x)
@@ -158,13 +176,14 @@ def _gradient(
             *before, 0 if added is None else added.data_ptr(), z.data_ptr(), 0, 0, slope,
             mean.data_ptr(), invstd.data_ptr(),
         )  # fmt: skip
-        dy = known = BEFORE[activation](dy, z, grad_input=z)
+        dy = BEFORE[activation](dy, z, grad_input=z)
+        known = dy if mask is None else None
         activation, added = None, None
     arguments = (
         *before, dy.data_ptr(), 0 if added is None else added.data_ptr(), kept.data_ptr() if bits else 0,
         ACTIVATIONS[activation], slope, mean.data_ptr(), invstd.data_ptr(),
     )  # fmt: skip
-    return arguments, x, known, [x, dy, added, mean, invstd, w_alive, b_alive]
+    return arguments, x, known, [x, dy, added, mean, invstd, w_alive, b_alive, f_alive]
 
 
 def grad_sums(
@@ -181,8 +200,12 @@ def grad_sums(
     slope: float,
 ) -> tuple[Tensor, Tensor]:
     """Given statistics: Σg and Σg·x̂, both (1, C)."""
+    if mean.shape[0] != 1:
+        return by_group.grad_sums(
+            grad_sums, grad_output, input, mean, invstd, weight, bias, kept, residual, mask, activation, slope
+        )
     arguments, _, _, alive = _gradient(
-        grad_output, input, mean, invstd, weight, bias, kept, residual, activation, slope
+        grad_output, input, mean, invstd, weight, bias, kept, residual, mask, activation, slope
     )
     sums = torch.empty_like(mean, dtype=DOUBLE), torch.empty_like(mean, dtype=DOUBLE)
     _cpu.grad_sums(*arguments, sums[0].data_ptr(), sums[1].data_ptr())
@@ -207,8 +230,26 @@ def grad_input(
     slope: float,
 ) -> tuple[Tensor, Tensor]:
     """Given statistics and sums: (grad_input, grad_residual)."""
+    if mean.shape[0] != 1:
+        return by_group.grad_input(
+            grad_input,
+            grad_output,
+            input,
+            mean,
+            invstd,
+            weight,
+            bias,
+            kept,
+            residual,
+            mask,
+            sum_grad,
+            sum_grad_xhat,
+            count,
+            activation,
+            slope,
+        )
     arguments, x, known, alive = _gradient(
-        grad_output, input, mean, invstd, weight, bias, kept, residual, activation, slope
+        grad_output, input, mean, invstd, weight, bias, kept, residual, mask, activation, slope
     )
     sums = numbers(sum_grad), numbers(sum_grad_xhat)
     dx = torch.empty_like(x)

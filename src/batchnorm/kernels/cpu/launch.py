@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from batchnorm.kernels.cpu import extension
+from batchnorm.kernels.cpu import groups as by_group
 from batchnorm.kernels.cpu.given import (
     eval_forward,
     grad_input,
@@ -31,6 +32,7 @@ from batchnorm.kernels.cpu.tensors import (
     arithmetic,
     back,
     beside,
+    frequencies,
     numbers,
     room_for_bits,
     see,
@@ -59,20 +61,21 @@ def _forward(
     weight: Tensor | None,
     bias: Tensor | None,
     residual: Tensor | None,
+    mask: Tensor | None,
     eps: float,
     activation: str | None,
     slope: float,
     statistics: tuple[int, int],
     running: tuple[int, int, int, int, float, bool] = (0, 0, 0, 0, 0.0, False),
-) -> tuple[Tensor, Tensor | None]:
-    """(output, bits), with mean and var written to the two addresses."""
+) -> tuple[Tensor, Tensor | None, float]:
+    """(output, bits, count), with mean and var written to the two addresses."""
     if (residual is not None or activation in BEHIND) and (
-        wide := arithmetic(input, residual, activation)
+        wide := arithmetic(input, residual, mask, activation)
     ) != input.dtype:
-        y, bits = _forward(
-            input.to(wide), weight, bias, residual, eps, activation, slope, statistics, running
+        y, bits, count = _forward(
+            input.to(wide), weight, bias, residual, mask, eps, activation, slope, statistics, running
         )
-        return back(y, input), bits
+        return back(y, input), bits, count
     x, last, n, c, s = see(input)
     y = torch.empty_like(x)
     w, w_code, _w = vector(weight)
@@ -84,13 +87,14 @@ def _forward(
         r, kept = residual.data_ptr(), bits.data_ptr()
     act = ACTIVATIONS.get(activation, 0)
     code = CODES[x.dtype]
-    _cpu.train_forward(
-        code, last, n, c, s, x.data_ptr(), w, w_code, b, b_code, r, y.data_ptr(), kept, act, slope, eps,
+    frequency, _frequencies = frequencies(mask)
+    count = _cpu.train_forward(
+        code, last, n, c, s, x.data_ptr(), frequency, w, w_code, b, b_code, r, y.data_ptr(), kept, act, slope, eps,
         *statistics, *running,
     )  # fmt: skip
     if activation in BEHIND:
         BEHIND[activation](y)
-    return (y if x is input else back(y, input)), bits
+    return (y if x is input else back(y, input)), bits, count
 
 
 def forward(
@@ -105,12 +109,14 @@ def forward(
     slope: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Training: (output, mean, var, count, saved)."""
+    if groups != 1:
+        return by_group.forward(forward, input, weight, bias, residual, mask, groups, eps, activation, slope)
     channels = input.shape[1]
     mean, var = torch.empty(1, channels, dtype=DOUBLE), torch.empty(1, channels, dtype=DOUBLE)
-    y, bits = _forward(
-        input, weight, bias, residual, eps, activation, slope, (mean.data_ptr(), var.data_ptr())
+    y, bits, n = _forward(
+        input, weight, bias, residual, mask, eps, activation, slope, (mean.data_ptr(), var.data_ptr())
     )
-    count = torch.full((1, 1), float(input.numel() // channels if channels else 0), dtype=DOUBLE)
+    count = torch.full((1, 1), n, dtype=DOUBLE)
     return y, mean, var, count, torch.empty(0, dtype=torch.uint8) if bits is None else bits
 
 
@@ -130,7 +136,7 @@ def train_forward(
     mean = statistics.data_ptr()
     addresses = (mean, mean + 8 * channels)
     if running is None:
-        y, bits = _forward(input, weight, bias, residual, eps, activation, slope, addresses)
+        y, bits, _ = _forward(input, weight, bias, residual, None, eps, activation, slope, addresses)
         return y, bits, statistics
     running_mean, running_var, tracked, momentum, skip = running
     dtype = running_mean.dtype
@@ -145,16 +151,16 @@ def train_forward(
             running_mean.data_ptr(), running_var.data_ptr(), CODES[dtype],
             0 if tracked is None else tracked.data_ptr(), nan if momentum is None else momentum, skip,
         )  # fmt: skip
-        y, bits = _forward(input, weight, bias, residual, eps, activation, slope, addresses, moves)
+        y, bits, _ = _forward(input, weight, bias, residual, None, eps, activation, slope, addresses, moves)
         # Autograd must notice that they changed.
         torch._C._increment_version(
             (running_mean, running_var) if tracked is None else (running_mean, running_var, tracked)
         )
         return y, bits, statistics
-    y, bits = _forward(input, weight, bias, residual, eps, activation, slope, addresses)
+    y, bits, n = _forward(input, weight, bias, residual, None, eps, activation, slope, addresses)
     if tracked is not None:
         tracked.add_(1)
-    count = torch.full((1, 1), float(input.numel() // channels if channels else 0), dtype=DOUBLE)
+    count = torch.full((1, 1), n, dtype=DOUBLE)
     update_running_(running_mean, running_var, tracked, statistics[:1], statistics[1:], count, momentum, skip)
     return y, bits, statistics
 
@@ -167,6 +173,7 @@ def _backward(
     bias: Tensor | None,
     kept: Tensor | None,
     residual: bool,
+    mask: Tensor | None,
     eps: float,
     activation: str | None,
     slope: float,
@@ -175,10 +182,20 @@ def _backward(
     bits = residual and activation in WITH_BITS
     added = kept if residual and activation is not None and not bits else None
     if (added is not None or activation in BEHIND) and (
-        wide := arithmetic(input, added, activation)
+        wide := arithmetic(input, added, mask, activation)
     ) != input.dtype:
         dx, dweight, dbias, dresidual = _backward(
-            grad_output, input.to(wide), statistics, weight, bias, kept, residual, eps, activation, slope
+            grad_output,
+            input.to(wide),
+            statistics,
+            weight,
+            bias,
+            kept,
+            residual,
+            mask,
+            eps,
+            activation,
+            slope,
         )
         return back(dx, input), dweight, dbias, None if dresidual is None else back(dresidual, input)
     x, last, n, c, s = see(input)
@@ -187,25 +204,28 @@ def _backward(
         dy = torch.empty_like(x).copy_(dy)
     if added is not None:
         added = beside(added, x)
+    frequency, _frequencies = frequencies(mask)
     w, w_code, w_alive = vector(weight)
     b, b_code, b_alive = vector(bias)
     dresidual = None
     if activation in BEHIND:
         z = torch.empty_like(x)
         _cpu.preactivation(
-            CODES[x.dtype], last, n, c, s, x.data_ptr(), w, w_code, b, b_code,
+            CODES[x.dtype], last, n, c, s, x.data_ptr(), frequency, w, w_code, b, b_code,
             0 if added is None else added.data_ptr(), z.data_ptr(), eps, *statistics,
         )  # fmt: skip
         dy = BEFORE[activation](dy, z, grad_input=z)
         activation, added = None, None
         dresidual = dy if residual else None
+        if mask is not None and residual:
+            dresidual = torch.empty_like(x)  # less what stands under a weight of 0
     elif residual:
         dresidual = torch.empty_like(x)
     dx = torch.empty_like(x)
     dweight = None if w_alive is None else torch.empty_like(w_alive)
     dbias = None if b_alive is None else torch.empty_like(b_alive)
     _cpu.train_backward(
-        CODES[x.dtype], last, n, c, s, x.data_ptr(), w, w_code, b, b_code, dy.data_ptr(),
+        CODES[x.dtype], last, n, c, s, x.data_ptr(), frequency, w, w_code, b, b_code, dy.data_ptr(),
         0 if added is None else added.data_ptr(), kept.data_ptr() if bits and kept is not None else 0,
         ACTIVATIONS[activation], slope, eps, *statistics, dx.data_ptr(),
         0 if dresidual is None or dresidual is dy else dresidual.data_ptr(),
@@ -236,7 +256,9 @@ def train_backward(
     """The gradients of `train_forward`, None for what there is not."""
     mean = statistics.data_ptr()
     addresses = (mean, mean + 8 * input.shape[1])
-    return _backward(grad_output, input, addresses, weight, bias, kept, residual, eps, activation, slope)
+    return _backward(
+        grad_output, input, addresses, weight, bias, kept, residual, None, eps, activation, slope
+    )
 
 
 def backward(
@@ -255,9 +277,27 @@ def backward(
     slope: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Training: (grad_input, grad_weight, grad_bias, grad_residual); empty where there is nothing to differentiate."""
+    if mean.shape[0] != 1:
+        return by_group.backward(
+            backward,
+            grad_output,
+            input,
+            mean,
+            var,
+            count,
+            weight,
+            bias,
+            kept,
+            residual,
+            mask,
+            eps,
+            activation,
+            slope,
+        )
     mean, var = numbers(mean), numbers(var)
     dx, dweight, dbias, dresidual = _backward(
-        grad_output, input, (mean.data_ptr(), var.data_ptr()), weight, bias, kept, residual, eps, activation, slope
+        grad_output, input, (mean.data_ptr(), var.data_ptr()), weight, bias, kept, residual, mask, eps, activation,
+        slope,
     )  # fmt: skip
     return (
         dx,

@@ -13,6 +13,7 @@ __all__ = [
     "arithmetic",
     "back",
     "beside",
+    "frequencies",
     "numbers",
     "room_for_bits",
     "see",
@@ -69,10 +70,15 @@ def room_for_bits(x: Tensor, residual: Tensor | None, activation: str | None) ->
     return torch.empty(count, dtype=torch.uint8)
 
 
-def arithmetic(x: Tensor, residual: Tensor | None, activation: str | None) -> torch.dtype:
+def arithmetic(
+    x: Tensor, residual: Tensor | None, mask: Tensor | None, activation: str | None
+) -> torch.dtype:
     """The dtype in which the call keeps the digits of a wider residual and of what stands before silu and gelu."""
-    if activation in BEHIND and x.dtype in _HALF:
-        return torch.float32
+    if activation in BEHIND:
+        if x.dtype in _HALF:
+            return torch.float32
+        if mask is not None:  # PyTorch's float32 silu and gelu are off by more than all the rest
+            return DOUBLE
     return x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
 
 
@@ -86,3 +92,11 @@ def back(result: Tensor, input: Tensor) -> Tensor:
 def numbers(values: Tensor) -> Tensor:
     """Per-channel numbers as the kernels read them: float64, one after the other."""
     return values.to(DOUBLE).contiguous()
+
+
+def frequencies(mask: Tensor | None) -> tuple[int, Tensor | None]:
+    """A mask (N, *S) as the kernels read it, float64: (address, what must live until the call is over)."""
+    if mask is None:
+        return 0, None
+    mask = numbers(mask)
+    return mask.data_ptr(), mask

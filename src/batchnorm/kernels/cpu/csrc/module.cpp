@@ -6,7 +6,7 @@
 #include <cmath>
 #include <string>
 
-#include "batch_norm.h"
+#include "masked.h"
 
 namespace nb = nanobind;
 
@@ -76,101 +76,108 @@ Input input(int dtype, bool last, int64_t n, int64_t c, int64_t s, Address x) {
   return {static_cast<DType>(dtype), View(n, c, s, last), to<void>(x)};
 }
 
-// What every function begins with: dtype, whether the channel is the fastest axis, (N, C, S), and the input.
-#define INPUT int dtype, bool last, int64_t n, int64_t c, int64_t s, Address x
+Masked masked(int dtype, bool last, int64_t n, int64_t c, int64_t s, Address x, Address weights) {
+  return {static_cast<DType>(dtype), last, n, c, s, to<void>(x), to<double>(weights)};
+}
+
+// What every function begins with: dtype, whether the channel is the fastest axis, (N, C, S), the input, and one
+// weight (double) a position, or none.
+#define INPUT int dtype, bool last, int64_t n, int64_t c, int64_t s, Address x, Address weights
+#define UNMASKED input(dtype, last, n, c, s, x)
+#define MASKED masked(dtype, last, n, c, s, x, weights)
 #define PARAMETERS Address weight, int weight_dtype, Address bias, int bias_dtype
 #define WEIGHTS vector(weight, weight_dtype), vector(bias, bias_dtype)
 
-// `momentum` NaN: None. The counter moves first, as in PyTorch.
-void train_forward(INPUT, PARAMETERS, Address residual, Address y, Address bits, int act, double slope, double eps,
-                   Address mean, Address var, Address running_mean, Address running_var, int running_dtype,
-                   Address tracked, double momentum, bool skip_nonfinite) {
-  const Input in = input(dtype, last, n, c, s, x);
-  forward(in,
-          {{nullptr, nullptr, nullptr, WEIGHTS},
-           to<void>(residual),
-           to<void>(y),
-           to<uint8_t>(bits),
-           static_cast<Act>(act),
-           slope},
-          eps, to<double>(mean), to<double>(var));
+#define OUTPUT Address residual, Address y, Address bits, int act, double slope
+#define NORMALIZE(mean, low, rstd) \
+  Normalize { {mean, low, rstd, WEIGHTS}, to<void>(residual), to<void>(y), to<uint8_t>(bits), static_cast<Act>(act), slope }
+
+// Returns the count. `momentum` NaN: None. The counter moves first, as in PyTorch.
+double train_forward(INPUT, PARAMETERS, OUTPUT, double eps, Address mean, Address var, Address running_mean,
+                     Address running_var, int running_dtype, Address tracked, double momentum, bool skip_nonfinite) {
+  const Normalize call = NORMALIZE(nullptr, nullptr, nullptr);
+  const double count = weights ? masked_forward(MASKED, call, eps, to<double>(mean), to<double>(var))
+                               : static_cast<double>(n * s);
+  if (!weights) forward(UNMASKED, call, eps, to<double>(mean), to<double>(var));
   int64_t* counter = to<int64_t>(tracked);
   if (counter) ++*counter;
-  if (!running_mean) return;
-  update_running({vector(running_mean, running_dtype), vector(running_var, running_dtype), counter,
-                  std::isnan(momentum), momentum, skip_nonfinite},
-                 c, to<double>(mean), to<double>(var), static_cast<double>(in.view.count()));
+  if (running_mean)
+    update_running({vector(running_mean, running_dtype), vector(running_var, running_dtype), counter,
+                    std::isnan(momentum), momentum, skip_nonfinite},
+                   c, to<double>(mean), to<double>(var), count);
+  return count;
 }
 
-void train_backward(INPUT, PARAMETERS, Address dy, Address residual, Address bits, int act, double slope, double eps,
-                    Address mean, Address var, Address dx, Address dresidual, Address dweight, Address dbias) {
-  backward(input(dtype, last, n, c, s, x),
-           {{to<double>(mean), nullptr, nullptr, WEIGHTS},
-            to<void>(dy),
-            to<uint8_t>(bits),
-            to<void>(residual),
-            static_cast<Act>(act),
-            slope},
-           to<double>(var), eps, to<void>(dx), to<void>(dresidual),
-           {vector(dweight, weight_dtype), vector(dbias, bias_dtype)});
+#define GRADIENT Address dy, Address residual, Address bits, int act, double slope
+#define GATED(mean, rstd) \
+  Gradient { {mean, nullptr, rstd, WEIGHTS}, to<void>(dy), to<uint8_t>(bits), to<void>(residual), static_cast<Act>(act), slope }
+
+void train_backward(INPUT, PARAMETERS, GRADIENT, double eps, Address mean, Address var, Address dx, Address dresidual,
+                    Address dweight, Address dbias) {
+  const Gradient call = GATED(to<double>(mean), nullptr);
+  const Parameters grads{vector(dweight, weight_dtype), vector(dbias, bias_dtype)};
+  if (weights) return masked_backward(MASKED, call, to<double>(var), eps, to<void>(dx), to<void>(dresidual), grads);
+  backward(UNMASKED, call, to<double>(var), eps, to<void>(dx), to<void>(dresidual), grads);
 }
 
-void moments_(INPUT, Address mean, Address m2) {
-  moments(input(dtype, last, n, c, s, x), {to<double>(mean), nullptr, to<double>(m2)});
+// Returns the count.
+double moments_(INPUT, Address mean, Address m2) {
+  const Statistics out{to<double>(mean), nullptr, to<double>(m2)};
+  if (weights) return masked_moments(MASKED, out);
+  moments(UNMASKED, out);
+  return static_cast<double>(n * s);
 }
 
-void normalize_(INPUT, PARAMETERS, Address residual, Address y, Address bits, int act, double slope, Address mean,
-                Address invstd) {
-  normalize(input(dtype, last, n, c, s, x), {{to<double>(mean), nullptr, to<double>(invstd), WEIGHTS},
-                                             to<void>(residual),
-                                             to<void>(y),
-                                             to<uint8_t>(bits),
-                                             static_cast<Act>(act),
-                                             slope});
+void normalize_(INPUT, PARAMETERS, OUTPUT, Address mean, Address invstd) {
+  const Normalize call = NORMALIZE(to<double>(mean), nullptr, to<double>(invstd));
+  if (weights) return masked_normalize(MASKED, call);
+  normalize(UNMASKED, call);
 }
 
 // Eval: `normalize` by running statistics; mean and invstd (double) are results.
-void eval_forward(INPUT, PARAMETERS, Address residual, Address y, Address bits, int act, double slope, double eps,
-                  Address running_mean, int mean_dtype, Address running_var, int var_dtype, Address mean,
-                  Address invstd) {
+void eval_forward(INPUT, PARAMETERS, OUTPUT, double eps, Address running_mean, int mean_dtype, Address running_var,
+                  int var_dtype, Address mean, Address invstd) {
   for (int64_t i = 0; i < c; ++i) {
     to<double>(mean)[i] = vector(running_mean, mean_dtype).get(i);
     to<double>(invstd)[i] = 1 / std::sqrt(vector(running_var, var_dtype).get(i) + eps);
   }
-  normalize_(dtype, last, n, c, s, x, weight, weight_dtype, bias, bias_dtype, residual, y, bits, act, slope, mean,
-             invstd);
+  normalize_(dtype, last, n, c, s, x, weights, weight, weight_dtype, bias, bias_dtype, residual, y, bits, act, slope,
+             mean, invstd);
 }
 
 // The pre-activation x̂·weight + bias + residual of a training step, from its statistics.
-void preactivation(INPUT, PARAMETERS, Address residual, Address z, double eps, Address mean, Address var) {
-  const Input in = input(dtype, last, n, c, s, x);
+void preactivation(INPUT, PARAMETERS, Address residual, Address y, double eps, Address mean, Address var) {
+  const Address bits = 0;
+  const int act = 0;
+  const double slope = 0;
   Scratch<double> memory(4 * c);
   double *invstd = memory.get(), *low = nullptr;
   const double* center = to<double>(mean);
   for (int64_t i = 0; i < c; ++i) invstd[i] = 1 / std::sqrt(to<double>(var)[i] + eps);
-  if (in.dtype == DType::f64) {  // as in `backward`
+  if (static_cast<DType>(dtype) == DType::f64) {  // as in `backward`
     low = invstd + c;
-    moments(in, {invstd + 2 * c, low, invstd + 3 * c});
-    center = invstd + 2 * c;
+    const Statistics again{invstd + 2 * c, low, invstd + 3 * c};
+    weights ? (void)masked_moments(MASKED, again) : moments(UNMASKED, again);
+    center = again.mean;
   }
-  normalize(in, {{center, low, invstd, WEIGHTS}, to<void>(residual), to<void>(z), nullptr, Act::none, 0});
+  const Normalize call = NORMALIZE(center, low, invstd);
+  if (weights) return masked_normalize(MASKED, call);
+  normalize(UNMASKED, call);
 }
 
-#define GRADIENT                                                                                            \
-  {                                                                                                         \
-    {to<double>(mean), nullptr, to<double>(invstd), WEIGHTS}, to<void>(dy), to<uint8_t>(bits),              \
-        to<void>(residual), static_cast<Act>(act), slope                                                    \
-  }
-
-void grad_sums_(INPUT, PARAMETERS, Address dy, Address residual, Address bits, int act, double slope, Address mean,
-                Address invstd, Address sum_g, Address sum_g_xhat) {
-  grad_sums(input(dtype, last, n, c, s, x), GRADIENT, to<double>(sum_g), to<double>(sum_g_xhat));
+void grad_sums_(INPUT, PARAMETERS, GRADIENT, Address mean, Address invstd, Address sum_g, Address sum_g_xhat) {
+  const Gradient call = GATED(to<double>(mean), to<double>(invstd));
+  if (weights) return masked_grad_sums(MASKED, call, to<double>(sum_g), to<double>(sum_g_xhat));
+  grad_sums(UNMASKED, call, to<double>(sum_g), to<double>(sum_g_xhat));
 }
 
-void grad_input_(INPUT, PARAMETERS, Address dy, Address residual, Address bits, int act, double slope, Address mean,
-                 Address invstd, Address sum_g, Address sum_g_xhat, double count, Address dx, Address dresidual) {
-  grad_input(input(dtype, last, n, c, s, x), GRADIENT, to<double>(sum_g), to<double>(sum_g_xhat), count, to<void>(dx),
-             to<void>(dresidual));
+void grad_input_(INPUT, PARAMETERS, GRADIENT, Address mean, Address invstd, Address sum_g, Address sum_g_xhat,
+                 double count, Address dx, Address dresidual) {
+  const Gradient call = GATED(to<double>(mean), to<double>(invstd));
+  const auto kernel = [&](const auto& run, const auto& in) {
+    run(in, call, to<double>(sum_g), to<double>(sum_g_xhat), count, to<void>(dx), to<void>(dresidual));
+  };
+  weights ? kernel(masked_grad_input, MASKED) : kernel(grad_input, UNMASKED);
 }
 
 void update_running_(Address running_mean, int mean_dtype, Address running_var, int var_dtype, Address tracked,
