@@ -10,6 +10,7 @@ from helpers import ACTIVATIONS, EXACT, SLOPE, error, lay_out, leaf, oracle, sam
 from torch import Tensor
 
 import batchnorm
+from batchnorm.kernels import cpu
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 EXTRAS = list(itertools.product([False, True], repeat=2))  # with a residual, with a mask
@@ -104,10 +105,15 @@ def test_output_and_gradients(
         assert error(gradient, truth[name]) <= room[name], name
 
 
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize(("residual", "masked"), EXTRAS, ids=["plain", "mask", "residual", "residual-mask"])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_gradcheck(activation: str | None, residual: bool, masked: bool, training: bool) -> None:
+def test_gradcheck(
+    activation: str | None, residual: bool, masked: bool, training: bool, backend: str
+) -> None:
+    if backend == "cpu" and not cpu.available():
+        pytest.skip(cpu.why_not())
     given = arguments(torch.float64, residual, masked)
     mask = given.pop("mask")
     mask = None if mask is None else mask[:, :2] * torch.tensor([2.5, 1.0], dtype=torch.float64)
@@ -118,7 +124,7 @@ def test_gradcheck(activation: str | None, residual: bool, masked: bool, trainin
 
     def function(*values: Tensor) -> Tensor:
         now = {"residual": None, "mask": mask} | dict(zip(leaves, values, strict=True))
-        return call(now, running, activation=activation, backend="reference")
+        return call(now, running, activation=activation, backend=backend)
 
     assert torch.autograd.gradcheck(function, tuple(leaves.values()), fast_mode=True)
     assert torch.autograd.gradgradcheck(function, tuple(leaves.values()), fast_mode=True)

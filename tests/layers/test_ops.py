@@ -9,6 +9,7 @@ from helpers import ACTIVATIONS, RELU_LIKE, SLOPE, error, lay_out, leaf, oracle
 from torch import Tensor
 
 import batchnorm.ops  # noqa: F401 - registers the operators
+from batchnorm.kernels import cpu
 
 OPS = torch.ops.batchnorm
 EPS = 1e-3
@@ -16,6 +17,14 @@ GROUPS, SAMPLES, CHANNELS, POSITIONS = 3, 4, 2, 5
 SHAPE = (GROUPS * SAMPLES, CHANNELS, POSITIONS)
 TIGHT = {"rtol": 1e-12, "atol": 1e-12}
 Named = dict[str, Tensor | None]
+BACKEND = "reference"
+
+
+@pytest.fixture(params=["reference", "cpu"], autouse=True)
+def _backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "cpu" and not cpu.available():
+        pytest.skip(cpu.why_not())
+    monkeypatch.setattr(request.module, "BACKEND", request.param)
 
 
 def draw(weights: str, residual: bool, masked: bool, dtype: torch.dtype = torch.float64) -> Named:
@@ -48,7 +57,7 @@ def part(given: Named, group: int) -> Named:
 
 
 def forward(given: Named, groups: int, activation: str | None) -> tuple[Tensor, ...]:
-    return tuple(OPS.forward(*given.values(), groups, EPS, activation, SLOPE, "reference"))
+    return tuple(OPS.forward(*given.values(), groups, EPS, activation, SLOPE, BACKEND))
 
 
 def kept(given: Named, saved: Tensor, activation: str | None) -> Tensor:
@@ -81,7 +90,7 @@ def test_groups_are_a_loop(weights: str, residual: bool, masked: bool, activatio
     )
     backward = OPS.backward(
         dy, given["input"], mean, var, count, given["weight"], given["bias"], kept(given, saved, activation), residual,
-        given["mask"], EPS, activation, SLOPE, "reference",
+        given["mask"], EPS, activation, SLOPE, BACKEND,
     )  # fmt: skip
     by_op = dict(zip(["input", "weight", "bias", "residual"], backward, strict=True))
     sums: dict[str, list[Any]] = {"weight": [], "bias": []}
@@ -121,21 +130,21 @@ def test_primitives_composed_by_hand_are_the_whole(
     x, weight, bias, r, mask = given.values()
     y, mean, var, count, saved = forward(given, groups, activation)
 
-    m, m2, n = OPS.moments(x, mask, groups, "reference")
+    m, m2, n = OPS.moments(x, mask, groups, BACKEND)
     torch.testing.assert_close(m, mean, **TIGHT)
     torch.testing.assert_close(m2 / n.clamp(min=1), var, **TIGHT)
     assert torch.equal(n, count)
     invstd = (m2 / n.clamp(min=1) + EPS).rsqrt()
-    again, second = OPS.normalize(x, m, invstd, weight, bias, r, mask, activation, SLOPE, "reference")
+    again, second = OPS.normalize(x, m, invstd, weight, bias, r, mask, activation, SLOPE, BACKEND)
     torch.testing.assert_close(again, y, rtol=3e-7, atol=1e-7)
     assert torch.equal(second, saved)
 
     keep = kept(given, saved, activation)
     tail = (weight, bias, keep, residual, mask)
-    whole = OPS.backward(dy, x, mean, var, count, *tail, EPS, activation, SLOPE, "reference")
-    sums = OPS.grad_sums(dy, x, m, invstd, *tail, activation, SLOPE, "reference")
+    whole = OPS.backward(dy, x, mean, var, count, *tail, EPS, activation, SLOPE, BACKEND)
+    sums = OPS.grad_sums(dy, x, m, invstd, *tail, activation, SLOPE, BACKEND)
     assert all(value.shape == (groups, CHANNELS) and value.dtype == torch.float64 for value in sums)
-    dx, dr = OPS.grad_input(dy, x, m, invstd, *tail, *sums, n, activation, SLOPE, "reference")
+    dx, dr = OPS.grad_input(dy, x, m, invstd, *tail, *sums, n, activation, SLOPE, BACKEND)
     torch.testing.assert_close(dx, whole[0], rtol=3e-7, atol=1e-6)
     torch.testing.assert_close(sums[1].sum(0).float(), whole[1], rtol=3e-7, atol=1e-6)
     torch.testing.assert_close(sums[0].sum(0).float(), whole[2], rtol=3e-7, atol=1e-6)
@@ -148,21 +157,21 @@ def test_primitives_composed_by_hand_are_the_whole(
 def test_moments_of_split_batches_merge_to_those_of_the_whole(dtype: torch.dtype, masked: bool) -> None:
     x = (torch.randn(11, 3, 4) * 2 + 50).to(dtype)
     mask = torch.rand(11, 4).mul(3).floor() if masked else None
-    mean, m2, n = OPS.moments(x[:2], None if mask is None else mask[:2], 1, "reference")
+    mean, m2, n = OPS.moments(x[:2], None if mask is None else mask[:2], 1, BACKEND)
     for rows in (slice(2, 3), slice(3, 8), slice(8, 11)):
-        b_mean, b_m2, b_n = OPS.moments(x[rows], None if mask is None else mask[rows], 1, "reference")
+        b_mean, b_m2, b_n = OPS.moments(x[rows], None if mask is None else mask[rows], 1, BACKEND)
         # Chan, Golub, LeVeque 1979
         total, delta = n + b_n, b_mean - mean
         m2 = m2 + b_m2 + delta**2 * n * b_n / total
         mean = mean + delta * b_n / total
         n = total
-    whole = OPS.moments(x, mask, 1, "reference")
+    whole = OPS.moments(x, mask, 1, BACKEND)
     for mine, expected in zip((mean, m2, n), whole, strict=True):
         torch.testing.assert_close(mine, expected, rtol=1e-12, atol=1e-12)
 
 
 def test_moments_of_groups_of_an_empty_batch() -> None:
-    mean, m2, count = OPS.moments(torch.zeros(0, 3, 4), None, 1, "reference")
+    mean, m2, count = OPS.moments(torch.zeros(0, 3, 4), None, 1, BACKEND)
     assert mean.shape == m2.shape == (1, 3)
     assert (count == 0).all()
     assert (m2 == 0).all()
@@ -175,7 +184,7 @@ def test_update_running(momentum: float | None, skip: bool) -> None:
     var = torch.tensor([[1.0, 1.0, 4.0]], dtype=torch.float64)
     count = torch.full((1, 1), 5.0, dtype=torch.float64)
     running, tracked = (torch.zeros(3), torch.ones(3)), torch.tensor(4)
-    OPS.update_running_(*running, tracked, mean, var, count, momentum, skip, "reference")
+    OPS.update_running_(*running, tracked, mean, var, count, momentum, skip, BACKEND)
     factor = 0.25 if momentum is None else momentum
     assert tracked.item() == 4  # counted by the caller; read for the plain average
     torch.testing.assert_close(running[0][[0, 2]], torch.tensor([1.0, 3.0]) * factor)
@@ -194,7 +203,7 @@ def samples() -> dict[str, list[tuple[Any, ...]]]:
         given = draw(*options, torch.float32)
         given["input"] = lay_out(given["input"], layout)
         x, weight, bias, r, mask = given.values()
-        end = (activation, SLOPE, "reference")
+        end = (activation, SLOPE, BACKEND)
         _, mean, var, count, saved = forward(given, groups, activation)
         invstd, dy = (var + EPS).rsqrt(), torch.randn(SHAPE)
         tail = (weight, bias, kept(given, saved, activation), r is not None, mask)
@@ -202,7 +211,7 @@ def samples() -> dict[str, list[tuple[Any, ...]]]:
         lx, lw, lb, lr = leaf(x.clone()), leaf(weight), leaf(bias), leaf(r)
         calls["forward"].append((lx, lw, lb, lr, mask, groups, EPS, *end))
         calls["backward"].append((dy, x, mean, var, count, *tail, EPS, *end))
-        calls["moments"].append((x, mask, groups, "reference"))
+        calls["moments"].append((x, mask, groups, BACKEND))
         calls["normalize"].append((lx, mean, invstd, lw, lb, lr, mask, *end))
         calls["grad_sums"].append((dy, x, mean, invstd, *tail, *end))
         calls["grad_input"].append((dy, x, mean, invstd, *tail, *sums, count, *end))
@@ -210,7 +219,7 @@ def samples() -> dict[str, list[tuple[Any, ...]]]:
     for tracked in (None, torch.tensor(1)):
         buffers = (torch.zeros(2), torch.ones(2), tracked)
         calls["update_running_"].append(
-            (*buffers, one, one, torch.full((1, 1), 9.0).double(), 0.1, True, "reference")
+            (*buffers, one, one, torch.full((1, 1), 9.0).double(), 0.1, True, BACKEND)
         )
     return calls
 
@@ -235,7 +244,7 @@ def test_traced_eval_is_differentiable_by_its_inputs() -> None:
     x, mean, invstd = torch.randn(4, 2, 3), torch.randn(1, 2).double(), torch.rand(1, 2).double() + 1
     dy = torch.randn(4, 2, 3)
     a, weight, bias = leaf(x), leaf(torch.randn(2)), leaf(torch.randn(2))
-    y, _ = OPS.normalize(a, mean, invstd, weight, bias, None, None, "gelu", SLOPE, "reference")
+    y, _ = OPS.normalize(a, mean, invstd, weight, bias, None, None, "gelu", SLOPE, BACKEND)
     expected = oracle(
         x, dy, weight=weight, bias=bias, activation="gelu", eps=0.0, running=(mean[0], invstd[0] ** -2)
     )
@@ -245,7 +254,8 @@ def test_traced_eval_is_differentiable_by_its_inputs() -> None:
         (expected.output, expected.grad_input, expected.grad_weight, expected.grad_bias),
         strict=True,
     ):
-        assert error(mine, truth) < 3e-7
+        # float32 gelu is PyTorch's behind the kernels
+        assert error(mine, truth) < (3e-7 if BACKEND == "reference" else 2e-6)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced", "expanded"])
@@ -257,7 +267,7 @@ def test_results_have_the_layout_that_tracing_expects(masked: bool, other: str, 
     mask = torch.rand(4, 2, 5) < 0.7 if masked else None
     weight, bias = torch.randn(2, 3)
     for activation in (None, "relu", "silu"):
-        end = (activation, SLOPE, "reference")
+        end = (activation, SLOPE, BACKEND)
         y, mean, var, count, saved = OPS.forward(x, weight, bias, r, mask, 1, EPS, *end)
         tail = (weight, bias, r if activation == "silu" else saved, True, mask)
         dx, _, _, dr = OPS.backward(dy, x, mean, var, count, *tail, EPS, *end)
