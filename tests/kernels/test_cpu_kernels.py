@@ -324,7 +324,11 @@ def test_a_residual_of_another_dtype(before: torch.dtype, after: torch.dtype) ->
         assert mine[0].dtype == mine[3].dtype == mine[6].dtype == before
 
 
+MEMORY = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
+
+
 @pytest.mark.slow
+@pytest.mark.skipif(MEMORY < 12e9, reason="two tensors of 4 GB, and room for the rest")
 def test_more_than_two_billion_elements() -> None:
     # A column of its own for what lies beyond 2³¹: an index of 32 bits would wrap.
     rows = 2**31 // 64 + 1000
