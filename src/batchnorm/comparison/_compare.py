@@ -19,8 +19,9 @@ from batchnorm.comparison.plan import Plan, make_plan
 from batchnorm.comparison.progress import Progress, Silent
 from batchnorm.comparison.record import Batch, Replay, record_test
 from batchnorm.comparison.result import Comparison, Setup
-from batchnorm.comparison.summary import final_score, summarize
-from batchnorm.comparison.training import MakeOptimizer, Run, train
+from batchnorm.comparison.summary import summarize
+from batchnorm.comparison.told import train_told
+from batchnorm.comparison.training import MakeOptimizer, Run
 from batchnorm.comparison.watched import Watched
 
 __all__ = ["compare"]
@@ -167,7 +168,7 @@ def _train_seed(plan: Plan, seed: int, test: list[Batch], work: _Work, progress:
     for lr in plan.lrs:
         for normalized in (False, True):
             model = copied(pair.normalized if normalized else pair.plain)
-            run = _train_one(plan, model, replay, test, normalized, lr, seed, progress, work)
+            run = train_told(plan, model, replay, test, normalized, lr, seed, progress, note=work.note)
             if seed == 0 and (normalized not in work.kept or _better(run, work.kept[normalized][1])):
                 work.kept[normalized] = (model, run)
     if seed == 0:
@@ -191,36 +192,6 @@ def _footing(work: _Work, pair: Pair, replay: Replay, seed: int) -> Footing | No
 
 def _give_copies(model: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(given(model, value) if isinstance(value, Tensor) else value for value in args)
-
-
-def _train_one(
-    plan: Plan,
-    model: nn.Module,
-    replay: Replay,
-    test: list[Batch],
-    normalized: bool,
-    lr: float,
-    seed: int,
-    progress: Progress,
-    work: _Work,
-) -> Run:
-    label = f"{'with' if normalized else 'without'} batch norm"
-    progress.run_started(label, normalized, lr, seed)
-    run = train(
-        model,
-        replay,
-        test,
-        plan.task,
-        normalized=normalized,
-        lr=lr,
-        seed=seed,
-        every=plan.every,
-        make_optimizer=plan.make_optimizer,
-        progress=progress,
-    )
-    work.note(run)  # before anything else can be interrupted
-    progress.run_finished(label, normalized, lr, seed, final_score(run, plan.guess(test)), run.diverged)
-    return run
 
 
 def _better(run: Run, other: Run) -> bool:

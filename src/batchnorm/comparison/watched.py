@@ -1,14 +1,11 @@
 """The watched trainings of a comparison: at which learning rate, and what is finished when it is stopped."""
 
-from torch import nn
-
 from batchnorm.comparison.dynamics import Course, Dynamics, Watch, place_of, put_together
 from batchnorm.comparison.pairs import copied, raised
 from batchnorm.comparison.plan import Plan
 from batchnorm.comparison.progress import Progress
-from batchnorm.comparison.record import Batch, Replay
-from batchnorm.comparison.summary import final_score
-from batchnorm.comparison.training import Run, train
+from batchnorm.comparison.record import Batch
+from batchnorm.comparison.told import train_told
 
 __all__ = ["Watched"]
 
@@ -54,38 +51,10 @@ class Watched:
         for normalized, model in ((False, pair.plain), (True, pair.normalized)):
             place = None if places is None else places[normalized]
             watch = Watch(place, sample, plan.task, self._lr, plan.steps, seed)
-            run = _train(plan, model, replay, self._test, watch, normalized, self._lr, seed, progress)
+            run = train_told(
+                plan, model, replay, self._test, normalized, self._lr, seed, progress, watch=watch
+            )
             courses.append(watch.course(normalized, diverged=run.diverged))
         self._place = "" if places is None else places[True].words
         self._layers = tuple(group.name for group in watch.groups)
         return courses
-
-
-def _train(
-    plan: Plan,
-    model: nn.Module,
-    replay: Replay,
-    test: list[Batch],
-    watch: Watch,
-    normalized: bool,
-    lr: float,
-    seed: int,
-    progress: Progress,
-) -> Run:
-    label = f"{'with' if normalized else 'without'} batch norm, watched"
-    progress.run_started(label, normalized, lr, seed)
-    run = train(
-        model,
-        replay,
-        test,
-        plan.task,
-        normalized=normalized,
-        lr=lr,
-        seed=seed,
-        every=plan.every,
-        make_optimizer=plan.make_optimizer,
-        progress=progress,
-        watch=watch,
-    )
-    progress.run_finished(label, normalized, lr, seed, final_score(run, plan.guess(test)), run.diverged)
-    return run
