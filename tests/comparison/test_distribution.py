@@ -17,7 +17,6 @@ from batchnorm.comparison.distribution import (
     drift,
     observe,
     percentiles,
-    spread_change,
     typical,
 )
 
@@ -184,30 +183,17 @@ def test_drift_of_channels_that_have_none() -> None:
     sequence[0, 2, 3] = math.inf
     assert drift(sequence)[0] == 1
     assert np.isnan(drift(sequence)[1:]).all()
-    assert np.isnan(spread_change(sequence)[1:]).all()
 
 
 def test_one_evaluation_or_none() -> None:
     assert np.isnan(drift(curves([1.0, 2.0]))).tolist() == [True, True]
-    assert spread_change(curves([1.0, 2.0])).tolist() == [1, 1]
-    assert np.isnan(spread_change(np.zeros((0, 3, 2)))).tolist() == [True, True]
     assert drift(np.zeros((0, 3, 0))).shape == (0,)
 
 
-def test_spread_change_is_largest_over_smallest() -> None:
-    widths = (2.0, 0.5, 3.0, 1.0)
-    sequence = np.concatenate([curves([9.0, -9.0], width=width) for width in widths])
-    assert spread_change(sequence).tolist() == [6, 6]
-    sequence[1, :, 1] = 0.0
-    assert spread_change(sequence).tolist() == [6, math.inf]
-
-
 @pytest.mark.parametrize("shape", [(3,), (4, 3), (4, 2, 5), (1, 4, 3, 2)])
-@pytest.mark.parametrize("measure", [drift, spread_change])
-def test_other_shapes_are_refused(measure: object, shape: tuple[int, ...]) -> None:
-    assert callable(measure)
+def test_other_shapes_are_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(BatchNormError, match="curves"):
-        measure(np.zeros(shape))
+        drift(np.zeros(shape))
 
 
 @pytest.mark.parametrize(

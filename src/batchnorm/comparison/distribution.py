@@ -12,7 +12,7 @@ from batchnorm._errors import InputError, ModelError, message
 from batchnorm.comparison.pairs import copied, given
 from batchnorm.comparison.record import seeded
 
-__all__ = ["LEVELS", "Percentiles", "Side", "drift", "observe", "percentiles", "spread_change", "typical"]
+__all__ = ["LEVELS", "Percentiles", "Side", "drift", "observe", "percentiles", "typical"]
 
 LEVELS = (0.15, 0.50, 0.85)
 """The levels that are recorded: the ones of figure 1 in Ioffe & Szegedy 2015."""
@@ -164,38 +164,18 @@ def drift(curves: ArrayLike) -> NDArray[np.float64]:
         >>> drift([[[-1.0], [0.0], [1.0]], [[2.0], [3.0], [4.0]]]).tolist()
         [3.0]
     """
-    array = _curves(curves)
+    array = np.asarray(curves, dtype=np.float64)
+    if array.ndim != 3 or array.shape[1] != len(LEVELS):
+        raise InputError(
+            message("curves", got=f"shape {array.shape}", expected="shape (evaluations, 3, channels)")
+        )
     if len(array) < 2:
         return np.full(array.shape[2], np.nan)
     with np.errstate(all="ignore"):
         moves = np.sqrt(np.mean(np.square(np.diff(array[:, 1], axis=0)), axis=0))
-        width = np.mean(_half_width(array), axis=0)
-        return _where_finite(array, np.where(width > 0, moves / width, np.nan))
-
-
-def spread_change(curves: ArrayLike) -> NDArray[np.float64]:
-    """The ratio of each channel's largest to its smallest half width (p85 − p15)/2 over training.
-
-    Args:
-        curves: (T, 3, C), the percentiles at T evaluations.
-
-    Returns:
-        (C,), each at least 1; infinite where the spread vanished at one evaluation and not at another; NaN for
-        channels that never have a spread or have a value that is not finite, and everywhere if T is 0.
-
-    Raises:
-        InputError: another shape.
-
-    Example:
-        >>> spread_change([[[-1.0], [0.0], [1.0]], [[-3.0], [0.0], [3.0]]]).tolist()
-        [3.0]
-    """
-    array = _curves(curves)
-    if not len(array):
-        return np.full(array.shape[2], np.nan)
-    with np.errstate(all="ignore"):
-        width = _half_width(array)
-        return _where_finite(array, np.max(width, axis=0) / np.min(width, axis=0))
+        width = np.mean((array[:, 2] - array[:, 0]) / 2, axis=0)
+        known = (width > 0) & np.isfinite(array).all(axis=(0, 1))
+        return np.where(known, moves / width, np.nan)
 
 
 def typical(drifts: ArrayLike) -> int | None:
@@ -229,21 +209,3 @@ def _percentiles_of(value: Any, path: str, side: Side) -> Tensor:
             message(f"the {side} of {path!r}", got=got, expected="a tensor of channels (axis 1) and samples")
         )
     return percentiles(value.detach().transpose(0, 1).reshape(value.shape[1], -1).cpu())
-
-
-def _curves(curves: ArrayLike) -> NDArray[np.float64]:
-    array = np.asarray(curves, dtype=np.float64)
-    if array.ndim != 3 or array.shape[1] != len(LEVELS):
-        raise InputError(
-            message("curves", got=f"shape {array.shape}", expected="shape (evaluations, 3, channels)")
-        )
-    return array
-
-
-def _half_width(array: NDArray[np.float64]) -> NDArray[np.float64]:
-    width: NDArray[np.float64] = (array[:, 2] - array[:, 0]) / 2
-    return width
-
-
-def _where_finite(array: NDArray[np.float64], values: NDArray[np.float64]) -> NDArray[np.float64]:
-    return np.where(np.isfinite(array).all(axis=(0, 1)), values, np.nan)
