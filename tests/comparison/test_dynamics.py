@@ -3,7 +3,7 @@
 import json
 import math
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -14,6 +14,7 @@ import batchnorm
 from batchnorm.comparison import Comparison, dynamics
 from batchnorm.comparison.dynamics import Course, Point, Watch, place_of, put_together
 from batchnorm.comparison.dynamics_report import training_section
+from batchnorm.comparison.gradients import Probe, Start, covariate_shift, smoothness
 from batchnorm.comparison.pairs import Pair, copied, make_pair
 from batchnorm.comparison.progress import Silent
 from batchnorm.comparison.record import Replay
@@ -98,6 +99,60 @@ def test_the_shift_of_the_first_step_is_the_definition(pair: Pair) -> None:
     point = watch.course(False).points[0]
     assert point.step == 1
     assert point.shift == pytest.approx(sorted(found)[1], rel=1e-4)
+
+
+class Counted(nn.Module):
+    """Counts the forward passes of all copies of a model, and the copies."""
+
+    passes: ClassVar[int] = 0
+    copies: ClassVar[int] = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        Counted.passes += 1
+        return x
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
+        Counted.copies += 1
+        return Counted()
+
+
+def test_the_gradient_before_a_step_is_computed_once(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One copy of the model; passes: one before the step, one for each layer, and one for each step length."""
+    x, y = batches()[0]
+    model = nn.Sequential(Counted(), *copied(pair.normalized))
+    watch = Watch(None, x, CLASSES, 0.1, 2, 0)
+    for step in (1, 2):
+        monkeypatch.setattr(Counted, "passes", 0)
+        monkeypatch.setattr(Counted, "copies", 0)
+        watch.before(step, model)
+        watch.after(step, model, x, y)
+    assert (Counted.passes, Counted.copies) == (1 + len(watch.groups) + len(dynamics.STEP_LENGTHS), 1)
+    assert len(watch.groups) == 3
+
+
+@pytest.mark.parametrize("normalized", [False, True])
+def test_a_shared_gradient_gives_the_same_bits_as_one_for_each(pair: Pair, normalized: bool) -> None:
+    model, (x, y) = pair.normalized if normalized else pair.plain, batches()[0]
+    old = {name: p.detach().clone() for name, p in model.named_parameters()}
+    watch = Watch(None, x, CLASSES, 0.1, 1, 5)
+    watch.before(1, model)
+    moved = copied(model)
+    with torch.no_grad():
+        for p in moved.parameters():
+            p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
+    watch.after(1, moved, x, y)
+    probe = Probe(moved, x, y, nn.functional.cross_entropy, 6)
+    loss, everything = probe(old, probe.trained)
+    weights = [name for group in watch.groups for name in group.weight]
+    again, alone = Probe(moved, x, y, nn.functional.cross_entropy, 6)(old, weights)
+    assert loss == again
+    assert all(torch.equal(alone[name], everything[name]) for name in weights)
+    shifts = covariate_shift(Start(probe, old, loss, alone), dict(moved.named_parameters()), watch.groups)
+    smooth = smoothness(probe.start(old), [0.1 * length for length in dynamics.STEP_LENGTHS])
+    seen = watch.course(normalized).points[0]
+    assert seen.shift == sorted(shift.difference for shift in shifts)[1] > 0
+    assert (seen.loss, seen.low, seen.high) == (loss, smooth.loss_low, smooth.loss_high)
+    assert (seen.change, seen.beta) == (smooth.relative, smooth.beta)
 
 
 def without_dropout(model: nn.Module) -> nn.Module:

@@ -14,19 +14,17 @@ from torch.nn.utils import parametrizations, parametrize
 
 import batchnorm
 from batchnorm import BatchNormError
-from batchnorm.comparison.gradients import Group, Loss, Smoothness, covariate_shift, layers_of, smoothness
+from batchnorm.comparison.gradients import Group, Probe, Smoothness, covariate_shift, layers_of, smoothness
 
 State = dict[str, Tensor]
-
+Loss = Callable[[Tensor, Tensor], Tensor]
 STEPS = (0.01, 0.1, 0.4)
+cross_entropy: Loss = F.cross_entropy
 
 
 def squared(scores: Tensor, targets: Tensor) -> Tensor:
     """Its Hessian with respect to the weights of a linear model is XᵀX/N."""
     return (scores - targets).square().sum() / (2 * len(scores))
-
-
-cross_entropy: Loss = F.cross_entropy
 
 
 def norm_of(value: Tensor) -> float:
@@ -187,7 +185,7 @@ def test_parameters_of_modules_that_are_not_called_and_tied_weights() -> None:
     assert embed == Group("embed", ("embed.weight",), ())
     assert set(head.before) == {name for name, _ in model.named_parameters()} - {"head.weight", "head.bias"}
     old, new = parameters_of(model), moved(model)
-    found = covariate_shift(model, old, new, x, y, cross_entropy, (embed, head), 0)
+    found = covariate_shift(Probe(model, x, y, cross_entropy, 0).start(old), new, (embed, head))
     _, expected = slow_gradient(model, old, x, y, cross_entropy, 0)
     mixed = {**old, **{name: new[name] for name in head.before}}
     _, after = slow_gradient(model, mixed, x, y, cross_entropy, 0)
@@ -206,7 +204,7 @@ def test_shift_equals_backward_of_copies_that_are_really_overwritten(
     model, x, y = case
     groups = layers_of(model, x)
     old, new = parameters_of(model), moved(model)
-    found = covariate_shift(model, old, new, x, y, cross_entropy, groups, 5)
+    found = covariate_shift(Probe(model, x, y, cross_entropy, 5).start(old), new, groups)
     assert [shift.name for shift in found] == [group.name for group in groups]
     for group, shift in zip(groups, found, strict=True):
         mixed = {name: new[name] if name in group.before else old[name] for name in old}
@@ -228,7 +226,7 @@ def test_shift_of_two_linear_layers_by_hand() -> None:
     # L = ‖h·W₂ᵀ − y‖²/2N with h = x·W₁ᵀ, so ∂L/∂W₂ = (h·W₂ᵀ − y)ᵀ·h/N
     w2 = old["1.weight"]
     g, other = ((h @ w2.T - y).T @ h / 8 for h in (x @ old["0.weight"].T, x @ new["0.weight"].T))
-    first, second = covariate_shift(model, old, new, x, y, squared, layers_of(model, x), 0)
+    first, second = covariate_shift(Probe(model, x, y, squared, 0).start(old), new, layers_of(model, x))
     assert (first.difference, first.relative, first.cosine) == (0, 0, 1)
     assert second.difference == pytest.approx(norm_of(g - other), rel=1e-12)
     assert second.relative == pytest.approx(norm_of(g - other) / norm_of(g), rel=1e-12)
@@ -241,7 +239,7 @@ def test_a_step_of_length_zero_shifts_nothing_by_a_bit(norm: Callable[[int], nn.
     model = perceptron(norm)
     x, y = torch.randn(64, 5), torch.randint(4, (64,))
     same = parameters_of(model)
-    found = covariate_shift(model, same, same, x, y, cross_entropy, layers_of(model, x), 9)
+    found = covariate_shift(Probe(model, x, y, cross_entropy, 9).start(same), same, layers_of(model, x))
     assert [(shift.difference, shift.relative, shift.cosine) for shift in found] == [(0, 0, 1)] * 3
 
 
@@ -249,7 +247,8 @@ def test_another_seed_draws_another_mask() -> None:
     torch.manual_seed(5)
     model, x, y = perceptron(), torch.randn(16, 5), torch.randint(4, (16,))
     old, new, groups = parameters_of(model), moved(model), layers_of(model, x)
-    found = [covariate_shift(model, old, new, x, y, cross_entropy, groups, seed) for seed in (1, 1, 2)]
+    starts = [Probe(model, x, y, cross_entropy, seed).start(old) for seed in (1, 1, 2)]
+    found = [covariate_shift(start, new, groups) for start in starts]
     assert found[0] == found[1] != found[2]
 
 
@@ -259,12 +258,12 @@ def test_shift_of_a_dead_layer_has_no_relative_size() -> None:
     x, y = torch.rand(8, 3), torch.randn(8, 2)
     old = {**parameters_of(model), "0.bias": torch.full((4,), -100.0)}
     alive = {**old, "0.bias": torch.zeros(4), "0.weight": torch.rand(4, 3)}
-    first, second = covariate_shift(model, old, alive, x, y, squared, layers_of(model, x), 0)
+    first, second = covariate_shift(Probe(model, x, y, squared, 0).start(old), alive, layers_of(model, x))
     assert first.difference == 0
     assert second.difference > 0.01
     assert all(math.isnan(value) for shift in (first, second) for value in (shift.relative, shift.cosine))
     # The other way round G' is 0: all of G is lost, and there is no angle.
-    second = covariate_shift(model, alive, old, x, y, squared, layers_of(model, x), 0)[1]
+    second = covariate_shift(Probe(model, x, y, squared, 0).start(alive), old, layers_of(model, x))[1]
     assert second.relative == 1
     assert math.isnan(second.cosine)
 
@@ -274,16 +273,18 @@ def test_gradients_that_are_not_finite_are_nan() -> None:
     x, y = torch.randn(8, 3), torch.randn(8, 2)
     old = parameters_of(model)
     new = {name: torch.full_like(p, torch.inf) for name, p in old.items()}
-    second = covariate_shift(model, old, new, x, y, squared, layers_of(model, x), 0)[1]
+    second = covariate_shift(Probe(model, x, y, squared, 0).start(old), new, layers_of(model, x))[1]
     assert all(map(math.isnan, (second.difference, second.relative, second.cosine)))
 
 
 def test_what_the_loss_does_not_depend_on_has_gradient_zero() -> None:
     model, x, y = Tangled(), torch.randn(8, 4), torch.randn(8, 3)
     unused = (Group("never", ("never.weight",), ("first.weight",)),)
-    (shift,) = covariate_shift(model, parameters_of(model), moved(model), x, y, squared, unused, 0)
+    start = Probe(model, x, y, squared, 0).start(parameters_of(model))
+    (shift,) = covariate_shift(start, moved(model), unused)
     assert shift.difference == 0
-    found = smoothness(model, parameters_of(model), x, y, lambda s, t: s.detach().sum(), STEPS, 0)
+    detached = Probe(model, x, y, lambda s, t: s.detach().sum(), 0)
+    found = smoothness(detached.start(parameters_of(model)), STEPS)
     assert (found.gradient, found.changes) == (0, (0, 0, 0))
     assert all(map(math.isnan, (shift.relative, shift.cosine, found.relative, found.beta)))
 
@@ -293,9 +294,9 @@ def test_missing_parameters_are_named() -> None:
     x, y = torch.randn(8, 3), torch.randn(8, 2)
     old = parameters_of(model)
     with pytest.raises(BatchNormError, match=r"new: got no weight, bias"):
-        covariate_shift(model, old, {}, x, y, squared, layers_of(model, x), 0)
+        covariate_shift(Probe(model, x, y, squared, 0).start(old), {}, layers_of(model, x))
     with pytest.raises(BatchNormError, match=r"parameters: got no bias"):
-        smoothness(model, {"weight": old["weight"]}, x, y, squared, STEPS, 0)
+        smoothness(Probe(model, x, y, squared, 0).start({"weight": old["weight"]}), STEPS)
 
 
 def test_frozen_parameters_may_be_left_out() -> None:
@@ -308,9 +309,9 @@ def test_frozen_parameters_may_be_left_out() -> None:
     old, new = parameters_of(model), moved(model)
     new.update({name: old[name] for name in ("4.weight", "4.bias")})
     trained = [{name: p for name, p in state.items() if not name.startswith("4.")} for state in (old, new)]
-    assert covariate_shift(model, *trained, x, y, cross_entropy, groups, 0) == covariate_shift(
-        model, old, new, x, y, cross_entropy, groups, 0
-    )
+    probe = Probe(model, x, y, cross_entropy, 0)
+    found = [covariate_shift(probe.start(before), after, groups) for before, after in (trained, (old, new))]
+    assert found[0] == found[1]
 
 
 def test_smoothness_of_a_linear_model_is_its_hessian() -> None:
@@ -318,7 +319,7 @@ def test_smoothness_of_a_linear_model_is_its_hessian() -> None:
     model = nn.Linear(4, 3, bias=False).double()
     x, y = torch.randn(20, 4).double(), torch.randn(20, 3).double()
     w = torch.randn(3, 4).double()
-    found = smoothness(model, {"weight": w}, x, y, squared, STEPS, 0)
+    found = smoothness(Probe(model, x, y, squared, 0).start({"weight": w}), STEPS)
     hessian = x.T @ x / 20
     g = (x @ w.T - y).T @ x / 20
     assert found.gradient == pytest.approx(norm_of(g), rel=1e-12)
@@ -333,7 +334,7 @@ def test_smoothness_of_a_linear_model_is_its_hessian() -> None:
     assert float(values[0]) < found.beta < float(values[-1])
     # It is reached where g is the eigenvector.
     vector = {"weight": vectors[:, -1:].T.expand(3, 4)}
-    along = smoothness(model, vector, x, torch.zeros_like(y), squared, STEPS, 0)
+    along = smoothness(Probe(model, x, torch.zeros_like(y), squared, 0).start(vector), STEPS)
     assert along.beta == pytest.approx(float(values[-1]), rel=1e-11)
 
 
@@ -342,7 +343,7 @@ def test_smoothness_equals_backward_of_copies_that_are_really_overwritten(
 ) -> None:
     model, x, y = case
     parameters = moved(model)  # not the model's own
-    found = smoothness(model, parameters, x, y, cross_entropy, STEPS, 5)
+    found = smoothness(Probe(model, x, y, cross_entropy, 5).start(parameters), STEPS)
     loss, g = slow_gradient(model, parameters, x, y, cross_entropy, 5)
     losses, changes = [], []
     for step in STEPS:
@@ -365,7 +366,7 @@ def test_frozen_parameters_are_not_moved() -> None:
     model = nn.Sequential(nn.Linear(4, 3, bias=False), nn.Linear(3, 2, bias=False)).double()
     model[0].requires_grad_(False)
     x, y = torch.randn(20, 4).double(), torch.randn(20, 2).double()
-    found = smoothness(model, parameters_of(model), x, y, squared, STEPS, 0)
+    found = smoothness(Probe(model, x, y, squared, 0).start(parameters_of(model)), STEPS)
     h = x @ model[0].weight.T
     g = (h @ model[1].weight.T - y).T @ h / 20
     assert found.gradient == pytest.approx(norm_of(g), rel=1e-12)
@@ -375,7 +376,7 @@ def test_frozen_parameters_are_not_moved() -> None:
 def test_steps_that_overflow_are_recorded() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
     x, y = torch.randn(8, 4), torch.randn(8, 2)
-    found = smoothness(model, parameters_of(model), x, y, squared, (0.1, 1e20, 1e38), 0)
+    found = smoothness(Probe(model, x, y, squared, 0).start(parameters_of(model)), (0.1, 1e20, 1e38))
     assert math.isfinite(found.losses[0])
     assert not any(map(math.isfinite, found.losses[1:]))
     assert not math.isfinite(found.loss_high)
@@ -392,8 +393,9 @@ def test_a_nan_anywhere_is_the_maximum() -> None:
 @pytest.mark.parametrize("steps", [(), (0.0,), (-0.1,), (0.1, math.inf), (math.nan,)])
 def test_steps_without_a_length_are_refused(steps: tuple[float, ...]) -> None:
     model = nn.Linear(3, 2)
+    start = Probe(model, torch.randn(4, 3), torch.randn(4, 2), squared, 0).start(parameters_of(model))
     with pytest.raises(BatchNormError, match="steps"):
-        smoothness(model, parameters_of(model), torch.randn(4, 3), torch.randn(4, 2), squared, steps, 0)
+        smoothness(start, steps)
 
 
 class Counting(nn.Module):
@@ -429,10 +431,12 @@ def test_the_model_is_left_as_it_was(what: str, training: bool) -> None:
     with torch.no_grad():
         if what == "layers_of":
             assert len(layers_of(model, x)) == 3
-        elif what == "covariate_shift":
-            assert covariate_shift(model, old, new, x, y, cross_entropy, groups, 0)[0].difference > 0
         else:
-            assert smoothness(model, old, x, y, cross_entropy, STEPS, 0).predictiveness > 0
+            start = Probe(model, x, y, cross_entropy, 0).start(old)
+            if what == "covariate_shift":
+                assert covariate_shift(start, new, groups)[0].difference > 0
+            else:
+                assert smoothness(start, STEPS).predictiveness > 0
     after = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
     assert torch.equal(states[0], after[0])
     assert states[1:] == after[1:]

@@ -10,7 +10,15 @@ from torch import Tensor, nn
 
 from batchnorm.comparison.distribution import Percentiles, Side, drift, typical
 from batchnorm.comparison.footing import How, called_norms, place_without
-from batchnorm.comparison.gradients import Group, Shift, Smoothness, covariate_shift, layers_of, smoothness
+from batchnorm.comparison.gradients import (
+    Group,
+    Probe,
+    Shift,
+    Smoothness,
+    covariate_shift,
+    layers_of,
+    smoothness,
+)
 from batchnorm.comparison.measures import Interval, ratio_interval, t_interval
 from batchnorm.comparison.pairs import given
 from batchnorm.comparison.tasks import Task
@@ -233,9 +241,9 @@ class Watch:
         old, self._before = self._before, None
         if not self._points:
             self.groups = _some(layers_of(model, x))
-        seed = self._seed + step
-        shifts = covariate_shift(model, old, _parameters(model), x, y, self._loss, self.groups, seed)
-        smooth = smoothness(model, old, x, y, self._loss, self._lengths, seed)
+        start = Probe(model, x, y, self._loss, self._seed + step).start(old)
+        shifts = covariate_shift(start, _parameters(model), self.groups)
+        smooth = smoothness(start, self._lengths)
         self._points.append(_point(step, shifts, smooth))
 
     def course(self, normalized: bool, *, diverged: bool = False) -> Course:

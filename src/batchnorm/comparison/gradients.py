@@ -14,7 +14,17 @@ from batchnorm._errors import InputError, message
 from batchnorm.comparison.pairs import copied, given
 from batchnorm.comparison.record import seeded
 
-__all__ = ["Group", "Loss", "Shift", "Smoothness", "covariate_shift", "layers_of", "smoothness"]
+__all__ = [
+    "Group",
+    "Loss",
+    "Probe",
+    "Shift",
+    "Smoothness",
+    "Start",
+    "covariate_shift",
+    "layers_of",
+    "smoothness",
+]
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 """(scores, targets) -> a scalar."""
@@ -168,136 +178,46 @@ def layers_of(model: nn.Module, x: Tensor) -> tuple[Group, ...]:
     return tuple(groups)
 
 
-def covariate_shift(
-    model: nn.Module,
-    old: Mapping[str, Tensor],
-    new: Mapping[str, Tensor],
-    x: Tensor,
-    y: Tensor,
-    loss: Loss,
-    groups: Sequence[Group],
-    seed: int,
-) -> tuple[Shift, ...]:
-    """Internal covariate shift: how much the updates of the layers before a layer change its gradient.
+class Probe:
+    """Loss and gradient of a copy of the model on one batch, for any parameters; two calls differ in nothing else.
 
-    For layer i, with the parameters W^t before and W^{t+1} after an optimizer step, it compares
-
-        G  = ∇_{W_i} L(W_1^t, …, W_k^t; x, y)
-        G' = ∇_{W_i} L(W_1^{t+1}, …, W_{i−1}^{t+1}, W_i^t, W_{i+1}^t, …, W_k^t; x, y)
-
-    (Santurkar, Tsipras, Ilyas, Madry: How Does Batch Normalization Help Optimization?, NeurIPS 2018, Definition 2.1).
-    Every gradient is taken in train mode, under the same random state and from the same buffers, so dropout draws
-    the same mask. It takes one forward and one backward pass a layer, and one more.
+    Every evaluation is made in train mode, under the same random state and from the same buffers, so dropout draws
+    the same mask.
 
     Args:
         model: gives the structure, the buffers and the parameters that are not trained; it is copied, and not changed.
-        old: name -> tensor of at least every trained parameter, before the step.
-        new: the same after the step.
-        x: the batch of that step, (N, *features).
+        x: the batch, (N, *features).
         y: its targets.
         loss: (scores, targets) -> a scalar.
-        groups: the layers, from `layers_of`.
-        seed: seeds the generators for each evaluation.
-
-    Returns:
-        One `Shift` a group. With nothing before the layer G' is G, and the difference 0.
-
-    Raises:
-        InputError: `old` or `new` lacks a trained parameter.
-        ModelError: the model cannot be copied.
-
-    Example:
-        >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
-        >>> x, y = torch.randn(8, 4), torch.randint(2, (8,))
-        >>> same = dict(model.named_parameters())
-        >>> loss = nn.functional.cross_entropy
-        >>> [shift.difference for shift in covariate_shift(model, same, same, x, y, loss, layers_of(model, x), 0)]
-        [0.0, 0.0]
-    """
-    probe = _Probe(model, x, y, loss, seed)
-    for parameters, what in ((old, "old"), (new, "new")):
-        probe.check(parameters, what)
-    # Always the gradients of all weights: what a backward pass may leave out could change how it rounds the rest.
-    weights = tuple(name for group in groups for name in group.weight)
-    _, gradients = probe(old, weights)
-    shifts: list[Shift] = []
-    for group in groups:
-        moved = gradients
-        if group.before:
-            _, moved = probe({**old, **{name: new[name] for name in group.before if name in new}}, weights)
-        shifts.append(_shift(group, gradients, moved))
-    return tuple(shifts)
-
-
-def smoothness(
-    model: nn.Module,
-    parameters: Mapping[str, Tensor],
-    x: Tensor,
-    y: Tensor,
-    loss: Loss,
-    steps: Sequence[float],
-    seed: int,
-) -> Smoothness:
-    """Loss and gradient at θ − η·g for each η of `steps`, where g = ∇L(θ) with respect to all trained parameters.
-
-    The three quantities of figure 4 in Santurkar, Tsipras, Ilyas, Madry: How Does Batch Normalization Help
-    Optimization?, NeurIPS 2018: the range of the loss, the change of the gradient and the effective β-smoothness.
-    Every evaluation is made in train mode, under the same random state and from the same buffers. Two networks are
-    compared over the same `steps`, which cover a range of step lengths around the learning rate. A step that is lost
-    in the rounding of θ shows no change.
-
-    Args:
-        model: gives the structure, the buffers and the parameters that are not trained; it is copied, and not changed.
-        parameters: θ, name -> tensor of at least every trained parameter.
-        x: a batch, (N, *features).
-        y: its targets.
-        loss: (scores, targets) -> a scalar.
-        steps: the step lengths η, positive, in units of the learning rate.
         seed: seeds the generators for each evaluation.
 
     Raises:
-        InputError: `steps` is empty or holds what is not positive and finite, or `parameters` lacks a trained
-            parameter.
         ModelError: the model cannot be copied.
 
     Example:
-        The loss w²/2 has the gradient w and β = 1 everywhere:
-
         >>> model = nn.Linear(1, 1, bias=False)
-        >>> found = smoothness(
-        ...     model, {"weight": torch.tensor([[3.0]])}, torch.ones(2, 1), torch.zeros(2, 1),
-        ...     lambda scores, targets: (scores - targets).square().mean() / 2, steps=(0.25, 0.5), seed=0,
-        ... )
-        >>> found.gradient, found.changes, found.beta
-        (3.0, (0.75, 1.5), 1.0)
+        >>> probe = Probe(model, torch.ones(2, 1), torch.zeros(2, 1), nn.functional.mse_loss, seed=0)
+        >>> start = probe.start({"weight": torch.tensor([[3.0]])})
+        >>> start.loss, start.gradient["weight"].item()
+        (9.0, 6.0)
     """
-    if not steps or not all(math.isfinite(step) and step > 0 for step in steps):
-        raise InputError(
-            message("steps", got=tuple(steps), expected="one or more positive, finite step lengths")
-        )
-    probe = _Probe(model, x, y, loss, seed)
-    probe.check(parameters, "parameters")
-    start, gradient = probe(parameters, probe.trained)
-    losses: list[float] = []
-    changes: list[float] = []
-    for step in steps:
-        moved = {name: parameters[name].detach() - step * gradient[name] for name in probe.trained}
-        value, there = probe({**parameters, **moved}, probe.trained)
-        losses.append(value)
-        changes.append(float((_flat(there, probe.trained) - _flat(gradient, probe.trained)).norm()))
-    norm = float(_flat(gradient, probe.trained).norm())
-    return Smoothness(tuple(map(float, steps)), start, tuple(losses), norm, tuple(changes))
-
-
-class _Probe:
-    """Loss and gradient of a copy of the model on one batch, for any parameters; two calls differ in nothing else."""
 
     def __init__(self, model: nn.Module, x: Tensor, y: Tensor, loss: Loss, seed: int) -> None:
         self.model = copied(model).train()
         self.trained = tuple(name for name, p in self.model.named_parameters() if p.requires_grad)
         self.x, self.y, self.loss, self.seed = x, y, loss, seed
 
+    def start(self, parameters: Mapping[str, Tensor]) -> "Start":
+        """Loss and gradient at `parameters`, name -> tensor of at least every trained parameter.
+
+        Raises:
+            InputError: `parameters` lacks a trained parameter.
+        """
+        self.check(parameters, "parameters")
+        return Start(self, parameters, *self(parameters, self.trained))
+
     def check(self, parameters: Mapping[str, Tensor], what: str) -> None:
+        """Raise InputError if `parameters` lacks a trained parameter."""
         missing = [name for name in self.trained if name not in parameters]
         if missing:
             raise InputError(
@@ -330,6 +250,102 @@ class _Probe:
         return float(value.detach()), dict(
             zip(names, (g.detach().to_dense() for g in gradients), strict=True)
         )
+
+
+@dataclass(frozen=True, eq=False)
+class Start:
+    """Where a step begins: the probe, the parameters θ, L(θ), and ∇L(θ) with respect to all trained parameters."""
+
+    probe: Probe
+    parameters: Mapping[str, Tensor]
+    loss: float
+    gradient: Mapping[str, Tensor]
+
+
+def covariate_shift(start: Start, new: Mapping[str, Tensor], groups: Sequence[Group]) -> tuple[Shift, ...]:
+    """Internal covariate shift: how much the updates of the layers before a layer change its gradient.
+
+    For layer i, with the parameters W^t before and W^{t+1} after an optimizer step, it compares
+
+        G  = ∇_{W_i} L(W_1^t, …, W_k^t; x, y)
+        G' = ∇_{W_i} L(W_1^{t+1}, …, W_{i−1}^{t+1}, W_i^t, W_{i+1}^t, …, W_k^t; x, y)
+
+    (Santurkar, Tsipras, Ilyas, Madry: How Does Batch Normalization Help Optimization?, NeurIPS 2018, Definition 2.1).
+    It takes one forward and one backward pass a layer.
+
+    Args:
+        start: the parameters before the step, and the gradient there, on the batch of that step.
+        new: name -> tensor of at least every trained parameter, after the step.
+        groups: the layers, from `layers_of`.
+
+    Returns:
+        One `Shift` a group. With nothing trained before the layer G' is G, and the difference 0.
+
+    Raises:
+        InputError: `new` lacks a trained parameter.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+        >>> x, y = torch.randn(8, 4), torch.randint(2, (8,))
+        >>> same = dict(model.named_parameters())
+        >>> start = Probe(model, x, y, nn.functional.cross_entropy, seed=0).start(same)
+        >>> [shift.difference for shift in covariate_shift(start, same, layers_of(model, x))]
+        [0.0, 0.0]
+    """
+    probe = start.probe
+    probe.check(new, "new")
+    # For every layer the gradients of all weights: what a backward pass may leave out could change how it rounds the
+    # rest.
+    weights = tuple(name for group in groups for name in group.weight)
+    shifts: list[Shift] = []
+    for group in groups:
+        moved = start.gradient
+        updated = {name: new[name] for name in group.before if name in new}
+        if updated:
+            _, moved = probe({**start.parameters, **updated}, weights)
+        shifts.append(_shift(group, start.gradient, moved))
+    return tuple(shifts)
+
+
+def smoothness(start: Start, steps: Sequence[float]) -> Smoothness:
+    """Loss and gradient at θ − η·g for each η of `steps`, where g = ∇L(θ) with respect to all trained parameters.
+
+    The three quantities of figure 4 in Santurkar, Tsipras, Ilyas, Madry: How Does Batch Normalization Help
+    Optimization?, NeurIPS 2018: the range of the loss, the change of the gradient and the effective β-smoothness.
+    Two networks are compared over the same `steps`, which cover a range of step lengths around the learning rate. A
+    step that is lost in the rounding of θ shows no change.
+
+    Args:
+        start: θ, and loss and gradient there.
+        steps: the step lengths η, positive, in units of the learning rate.
+
+    Raises:
+        InputError: `steps` is empty or holds what is not positive and finite.
+
+    Example:
+        The loss w²/2 has the gradient w and β = 1 everywhere:
+
+        >>> model = nn.Linear(1, 1, bias=False)
+        >>> loss = lambda scores, targets: (scores - targets).square().mean() / 2
+        >>> start = Probe(model, torch.ones(2, 1), torch.zeros(2, 1), loss, 0).start({"weight": torch.tensor([[3.0]])})
+        >>> found = smoothness(start, steps=(0.25, 0.5))
+        >>> found.gradient, found.changes, found.beta
+        (3.0, (0.75, 1.5), 1.0)
+    """
+    if not steps or not all(math.isfinite(step) and step > 0 for step in steps):
+        raise InputError(
+            message("steps", got=tuple(steps), expected="one or more positive, finite step lengths")
+        )
+    probe, parameters, gradient = start.probe, start.parameters, start.gradient
+    losses: list[float] = []
+    changes: list[float] = []
+    for step in steps:
+        moved = {name: parameters[name].detach() - step * gradient[name] for name in probe.trained}
+        value, there = probe({**parameters, **moved}, probe.trained)
+        losses.append(value)
+        changes.append(float((_flat(there, probe.trained) - _flat(gradient, probe.trained)).norm()))
+    norm = float(_flat(gradient, probe.trained).norm())
+    return Smoothness(tuple(map(float, steps)), start.loss, tuple(losses), norm, tuple(changes))
 
 
 def _weight(module: nn.Module, names: Mapping[int, str]) -> tuple[str, ...]:
