@@ -1,4 +1,3 @@
-import importlib.util
 import json
 import math
 import sys
@@ -7,22 +6,15 @@ from types import ModuleType
 
 import pytest
 import torch
+from benchmark_scripts import load
 from torch import Tensor
 
 from batchnorm.comparison.datasets import read_hours
 
-SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "bikeshare.py"
-
 
 @pytest.fixture(scope="module")
 def bikes() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("benchmark_bikeshare", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+    return load("bikeshare")
 
 
 @pytest.fixture

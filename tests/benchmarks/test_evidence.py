@@ -1,6 +1,5 @@
 """The runs behind docs/evidence.md: every case is kept as it finishes, and the page's tables are the results' own."""
 
-import importlib.util
 import json
 import sys
 from collections.abc import Callable
@@ -9,11 +8,11 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from benchmark_scripts import load
 
 import batchnorm
 
 ROOT = Path(__file__).resolve().parents[2]
-SCRIPT = ROOT / "benchmarks" / "evidence.py"
 MARKERS = "".join(
     f"<!-- {name} -->\nold\n<!-- /{name} -->\nbetween\n" for name in ("outcome", "training", "bikes")
 )
@@ -24,13 +23,7 @@ Main = Callable[..., None]
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("benchmark_evidence", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+    return load("evidence")
 
 
 @pytest.fixture
