@@ -9,7 +9,7 @@ from typing import Any
 
 from batchnorm.comparison.claims import LARGE_RATIO, TOO_FEW
 from batchnorm.comparison.dynamics import STEP_LENGTHS, Compared, Course, Dynamics, Point
-from batchnorm.comparison.figures import COLOURS, DASHES, NAMES, layout
+from batchnorm.comparison.figures import band, layout
 from batchnorm.comparison.measures import Interval
 from batchnorm.comparison.wording import NO_DIFFERENCE
 from batchnorm.report.document import Block, Figure, Paragraph, Section, Table
@@ -203,39 +203,7 @@ def _distribution(found: Dynamics) -> Figure | None:
 
 def _percentile_band(course: Course) -> list[dict[str, Any]]:
     low, middle, high = (list(values) for values in zip(*course.percentiles, strict=True))
-    return _filled(list(course.steps), low, high, middle, course.normalized, ", median")
-
-
-def _filled(
-    x: list[int],
-    low: list[float],
-    high: list[float],
-    middle: list[float],
-    normalized: bool,
-    suffix: str,
-) -> list[dict[str, Any]]:
-    colour = COLOURS[normalized]
-    edge = {
-        "type": "scatter",
-        "mode": "lines",
-        "x": x,
-        "line": {"width": 0, "color": colour},
-        "hoverinfo": "skip",
-        "showlegend": False,
-    }
-    line = {
-        "type": "scatter",
-        "mode": "lines",
-        "x": x,
-        "y": middle,
-        "name": f"{NAMES[normalized]}{suffix}",
-        "line": {"color": colour, "dash": DASHES[normalized], "width": 2},
-    }
-    return [
-        {**edge, "y": low},
-        {**edge, "y": high, "fill": "tonexty", "fillcolor": f"{colour}-band"},
-        line,
-    ]
+    return band(list(course.steps), low, high, middle, course.normalized, ", median")
 
 
 def _shifts(found: Dynamics) -> Figure | None:
@@ -290,9 +258,9 @@ def _lines(
         x = [step for step, _ in kept]
         low, high = [column[0] for _, column in kept], [column[-1] for _, column in kept]
         middle = [statistics.median(column) for _, column in kept]
-        data += _filled(x, low, high, middle, normalized, "")
+        data += band(x, low, high, middle, normalized, "")
     seeds = len(found.courses) // 2
-    band = (
+    spread = (
         f" The median of {seeds} seeds; the band reaches from the lowest to the highest." if seeds > 1 else ""
     )
     return Figure(
@@ -301,7 +269,7 @@ def _lines(
         data=data,
         layout=layout("training steps", axis, {"type": "log", **(ticks or {})}),
         alt=f"{title} of both networks over training, on a logarithmic axis.",
-        caption=caption + band,
+        caption=caption + spread,
     )
 
 
@@ -311,7 +279,7 @@ def _losses(found: Dynamics) -> Figure | None:
         points = [p for p in course.points if p.low > 0 and p.high < math.inf]
         if not points:
             return None
-        data += _filled(
+        data += band(
             [p.step for p in points],
             [p.low for p in points],
             [p.high for p in points],

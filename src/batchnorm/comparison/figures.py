@@ -13,6 +13,7 @@ __all__ = [
     "COLOURS",
     "DASHES",
     "NAMES",
+    "band",
     "batch_statistics",
     "layout",
     "learning_rates",
@@ -33,7 +34,9 @@ def score_curves(summary: Summary, runs: Sequence[Run]) -> Figure:
     data: list[Trace] = []
     for arm, normalized in ((summary.normalized, True), (summary.plain, False)):
         chosen = _chosen(runs, summary, normalized, arm.best_lr)
-        data += _band(chosen, [run.score for run in chosen], normalized, arm.best_lr, fill=summary.chance)
+        data += _over_seeds(
+            chosen, [run.score for run in chosen], normalized, arm.best_lr, fill=summary.chance
+        )
     goal = sum(summary.plain.best) / len(summary.plain.best)
     end = max(trace["x"][-1] for trace in data)
     data.append(
@@ -79,7 +82,7 @@ def loss_curves(summary: Summary, runs: Sequence[Run]) -> Figure:
     data: list[Trace] = []
     for arm, normalized in ((summary.normalized, True), (summary.plain, False)):
         chosen = _chosen(runs, summary, normalized, arm.best_lr)
-        data += _band(chosen, [run.loss for run in chosen], normalized, arm.best_lr, fill=None)
+        data += _over_seeds(chosen, [run.loss for run in chosen], normalized, arm.best_lr, fill=None)
     return Figure(
         id="loss",
         title="Training loss against training steps",
@@ -161,7 +164,7 @@ def _chosen(runs: Sequence[Run], summary: Summary, normalized: bool, lr: float) 
     ]
 
 
-def _band(
+def _over_seeds(
     runs: list[Run], curves: Sequence[Sequence[float]], normalized: bool, lr: float, fill: float | None
 ) -> list[Trace]:
     """Mean line and lowest-to-highest band; after a divergence the curve goes on at `fill`, or stops."""
@@ -171,26 +174,15 @@ def _band(
         values = [curve[at] if at < len(curve) else fill for curve in curves]
         columns.append([value for value in values if value is not None and value == value])
     kept = [(step, column) for step, column in zip(steps, columns, strict=True) if column]
-    x = [step for step, _ in kept]
-    colour = COLOURS[normalized]
-    edge = {
-        "type": "scatter",
-        "mode": "lines",
-        "x": x,
-        "line": {"width": 0, "color": colour},
-        "hoverinfo": "skip",
-    }
-    low = {**edge, "y": [min(column) for _, column in kept], "showlegend": False}
-    high = {**edge, "y": [max(column) for _, column in kept], "showlegend": False}
-    mean = {
-        "type": "scatter",
-        "mode": "lines",
-        "x": x,
-        "y": [sum(column) / len(column) for _, column in kept],
-        "name": f"{NAMES[normalized]}, rate {lr:g}",
-        "line": {"color": colour, "dash": DASHES[normalized], "width": 2.5},
-    }
-    return [low, {**high, "fill": "tonexty", "fillcolor": f"{colour}-band"}, mean]
+    return band(
+        [step for step, _ in kept],
+        [min(column) for _, column in kept],
+        [max(column) for _, column in kept],
+        [sum(column) / len(column) for _, column in kept],
+        normalized,
+        f", rate {lr:g}",
+        width=2.5,
+    )
 
 
 def _cloud(side: Side, name: str, colour: str, symbol: str) -> Trace:
@@ -202,6 +194,40 @@ def _cloud(side: Side, name: str, colour: str, symbol: str) -> Trace:
         "name": name,
         "marker": {"color": colour, "size": 5, "symbol": symbol},
     }
+
+
+def band(
+    x: list[int],
+    low: list[float],
+    high: list[float],
+    middle: list[float],
+    normalized: bool,
+    suffix: str,
+    width: float = 2,
+) -> list[Trace]:
+    """A line in the network's colour, and the band from `low` to `high` about it; `suffix` ends its name."""
+    colour = COLOURS[normalized]
+    edge = {
+        "type": "scatter",
+        "mode": "lines",
+        "x": x,
+        "line": {"width": 0, "color": colour},
+        "hoverinfo": "skip",
+        "showlegend": False,
+    }
+    line = {
+        "type": "scatter",
+        "mode": "lines",
+        "x": x,
+        "y": middle,
+        "name": f"{NAMES[normalized]}{suffix}",
+        "line": {"color": colour, "dash": DASHES[normalized], "width": width},
+    }
+    return [
+        {**edge, "y": low},
+        {**edge, "y": high, "fill": "tonexty", "fillcolor": f"{colour}-band"},
+        line,
+    ]
 
 
 def layout(
