@@ -26,16 +26,8 @@ def as_inputs(value: Any, name: str) -> Tensor:
         raise DataError(message(name, got="a single number", expected="samples along the first axis"))
     if x.dtype in (torch.float64, torch.uint8):
         x = x.float()
-    if x.is_floating_point() and not bool(torch.isfinite(x).all()):
-        bad = int((~torch.isfinite(x)).sum())
-        raise DataError(
-            message(
-                name,
-                got=f"{bad} NaN or infinite value{'s' if bad > 1 else ''}",
-                expected="finite numbers",
-                fix="Remove or fill them first.",
-            )
-        )
+    if x.is_floating_point():
+        _check_finite(x, name)
     return x
 
 
@@ -79,6 +71,19 @@ def as_labels(value: Any, name: str) -> Tensor:
             )
         )
     return y
+
+
+def _check_finite(values: Tensor, name: str) -> None:
+    if not bool(torch.isfinite(values).all()):
+        bad = int((~torch.isfinite(values)).sum())
+        raise DataError(
+            message(
+                name,
+                got=f"{bad} NaN or infinite value{'s' if bad > 1 else ''}",
+                expected="finite numbers",
+                fix="Remove or fill them first.",
+            )
+        )
 
 
 def _one_hot(y: Tensor) -> bool:
@@ -129,16 +134,7 @@ def as_values(value: Any, name: str) -> Tensor:
             )
         )
     y = y.double()
-    if not bool(torch.isfinite(y).all()):
-        bad = int((~torch.isfinite(y)).sum())
-        raise DataError(
-            message(
-                name,
-                got=f"{bad} NaN or infinite value{'s' if bad > 1 else ''}",
-                expected="finite numbers",
-                fix="Remove or fill them first.",
-            )
-        )
+    _check_finite(y, name)
     return y if y.dim() == 2 else y.unsqueeze(1)
 
 
