@@ -9,25 +9,32 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout, suppress
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Protocol
 
 import typer
 
-from batchnorm._errors import BatchNormError, OutputError
+from batchnorm._errors import BatchNormError, OutputError, message
 from batchnorm._files import check_writable, write_whole
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from batchnorm.report.document import Document
+
 __all__ = [
     "BAD_INPUT",
     "STDOUT",
+    "JsonTarget",
     "attempt_all",
     "check_json_target",
+    "check_page_target",
+    "console_beside",
     "ending",
     "guarded",
     "interrupted",
+    "present",
     "stderr",
     "stdout",
     "users_code",
@@ -38,6 +45,14 @@ BAD_INPUT = 2
 INTERRUPTED = 130
 TERMINATED = 143
 STDOUT = "-"
+
+JsonTarget = Annotated[
+    str | None,
+    typer.Option(
+        "--json", metavar="FILE", help="Write JSON to FILE ('-': to stdout, and nothing else there)."
+    ),
+]
+"""The option --json of a command that has other results as well."""
 
 
 class _Ending:
@@ -138,6 +153,75 @@ def _print_error(text: str) -> None:
 
     # soft_wrap: one line stays one line, so that it can be searched for and copied.
     stderr().print(Text(f"error: {text}", style="bold red"), soft_wrap=True)
+
+
+class Result(Protocol):
+    """What a command can present."""
+
+    def document(self) -> "Document":
+        """The report."""
+
+    def to_json(self) -> str:
+        """All of it."""
+
+
+def console_beside(json: str | None) -> "Console":
+    """Return the console for what is said beside the JSON: not stdout if that is where the JSON goes."""
+    return stderr() if json == STDOUT else stdout()
+
+
+def present(
+    result: Result,
+    json: str | None,
+    page: Callable[[], str | None],
+    *more: Callable[[], str | None],
+) -> None:
+    """Write the files, print the report in brief, and say where the files lie; what fails does not stop the rest.
+
+    Args:
+        result: what was found.
+        json: where its JSON goes.
+        page: writes the page and says where it lies; None if none was asked for.
+        more: the same for further files, after the JSON.
+
+    Raises:
+        ExceptionGroup: with the errors of what failed.
+    """
+    console = console_beside(json)
+    written: list[str] = []
+
+    def save(file: Callable[[], str | None]) -> None:
+        line = file()
+        if line is not None:
+            written.append(line)
+
+    def numbers() -> str | None:
+        path = write_json(result.to_json(), json)
+        return None if path is None else f"json: {path}"
+
+    def print_report() -> None:
+        from batchnorm.report import terminal
+
+        if json != STDOUT:
+            console.print(terminal.render(result.document(), brief=True))
+            console.print()
+
+    def print_places() -> None:
+        for line in written:
+            console.print(line, soft_wrap=True, markup=False)
+
+    files = [partial(save, file) for file in (page, numbers, *more)]
+    attempt_all(*files, print_report, print_places)
+
+
+def check_page_target(page: Path, option: str, fix: str = "") -> None:
+    """Raise before long work if the page could not be made or written after it."""
+    if page.suffix.lower() not in (".html", ".htm"):
+        raise OutputError(message(option, got=str(page), expected="a file that ends in .html", fix=fix))
+    check_writable(page)
+    from batchnorm.report import html
+
+    html.check_available()
 
 
 def check_json_target(target: str | None) -> None:

@@ -5,17 +5,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from batchnorm._errors import InputError, OutputError, message
+from batchnorm._errors import InputError, message
 from batchnorm._files import Interrupts, check_writable
 from batchnorm.cli._output import (
     STDOUT,
-    attempt_all,
+    JsonTarget,
     check_json_target,
+    check_page_target,
     guarded,
     interrupted,
+    present,
     stderr,
-    stdout,
-    write_json,
 )
 
 if TYPE_CHECKING:
@@ -76,12 +76,7 @@ def command(
         Path | None,
         typer.Option(metavar="FILE", help="Renew the table between the markers of a Markdown file."),
     ] = None,
-    json: Annotated[
-        str | None,
-        typer.Option(
-            "--json", metavar="FILE", help="Write JSON to FILE ('-': to stdout, and nothing else there)."
-        ),
-    ] = None,
+    json: JsonTarget = None,
 ) -> None:
     """Time batch norm against PyTorch's on the shapes of real networks.
 
@@ -119,12 +114,7 @@ def command(
 def _check_targets(html: Path | None, markdown: Path | None, json: str | None) -> None:
     """Find out now, not after the measurements, that a result could not be written."""
     if html is not None:
-        if html.suffix.lower() not in (".html", ".htm"):
-            raise OutputError(message("--html", got=str(html), expected="a file that ends in .html"))
-        check_writable(html)
-        from batchnorm.report import html as renderer
-
-        renderer.check_available()
+        check_page_target(html, "--html")
     if markdown is not None:
         from batchnorm.bench.readme import replaced
 
@@ -147,37 +137,21 @@ def _run(**options: Any) -> "Benchmark":
 
 
 def _present(result: "Benchmark", html: Path | None, markdown: Path | None, json: str | None) -> None:
-    """Print the tables, write the files, and say where they lie. What fails does not keep the rest from it."""
-    console = stderr() if json == STDOUT else stdout()
-    written: list[str] = []
+    """Write the files, print the tables, and say where the files lie."""
 
-    def save_page() -> None:
-        if html is not None:
-            result.save(html)
-            written.append(f"report: {html}")
+    def page() -> str | None:
+        if html is None:
+            return None
+        result.save(html)
+        return f"report: {html}"
 
-    def save_json() -> None:
-        path = write_json(result.to_json(), json)
-        if path is not None:
-            written.append(f"json: {path}")
-
-    def renew_table() -> None:
+    def table() -> str | None:
         # Half a benchmark, or one in which something is wrong, is no table to publish.
-        if markdown is not None and not result.interrupted and not result.failures:
-            from batchnorm.bench.readme import refresh
+        if markdown is None or result.interrupted or result.failures:
+            return None
+        from batchnorm.bench.readme import refresh
 
-            refresh(markdown, result)
-            written.append(f"table: {markdown}")
+        refresh(markdown, result)
+        return f"table: {markdown}"
 
-    def print_tables() -> None:
-        from batchnorm.report import terminal
-
-        if json != STDOUT:
-            console.print(terminal.render(result.document(), brief=True))
-            console.print()
-
-    def print_places() -> None:
-        for line in written:
-            console.print(line, soft_wrap=True, markup=False)
-
-    attempt_all(save_page, save_json, renew_table, print_tables, print_places)
+    present(result, json, page, table)

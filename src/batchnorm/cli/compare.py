@@ -6,18 +6,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from batchnorm._errors import InputError, OutputError, message
-from batchnorm._files import Interrupts, check_writable
+from batchnorm._errors import InputError, message
+from batchnorm._files import Interrupts
 from batchnorm.cli._output import (
     STDOUT,
-    attempt_all,
+    JsonTarget,
     check_json_target,
+    check_page_target,
     guarded,
     interrupted,
+    present,
     stderr,
-    stdout,
     users_code,
-    write_json,
 )
 
 if TYPE_CHECKING:
@@ -123,12 +123,7 @@ def command(
     out: Annotated[Path, typer.Option(metavar="FILE", help="The report, one HTML file.")] = Path(
         "batchnorm-report.html"
     ),
-    json: Annotated[
-        str | None,
-        typer.Option(
-            "--json", metavar="FILE", help="Write JSON to FILE ('-': to stdout, and nothing else there)."
-        ),
-    ] = None,
+    json: JsonTarget = None,
 ) -> None:
     """Train the same network with and without batch norm and show what it changes.
 
@@ -162,20 +157,10 @@ def command(
 
 def _check_targets(out: Path, json: str | None) -> None:
     """Find out now, not after the trainings, that a result could not be written."""
-    if out.suffix.lower() not in (".html", ".htm"):
-        raise OutputError(
-            message(
-                "--out", got=str(out), expected="a file that ends in .html", fix="JSON goes to --json FILE."
-            )
-        )
-    check_writable(out)
+    check_page_target(out, "--out", fix="JSON goes to --json FILE.")
     check_json_target(json)
     if json not in (None, STDOUT) and Path(str(json)).resolve() == out.resolve():
         raise InputError(message("--json", got=f"the same file as --out, {out}", expected="another file"))
-
-    from batchnorm.report import html
-
-    html.check_available()
 
 
 def _model(network: str | None, model: str | None) -> Any:
@@ -209,28 +194,10 @@ def _run(model: Any, data: Any, **options: Any) -> "Comparison":
 
 
 def _present(comparison: "Comparison", out: Path, json: str | None) -> None:
-    """Write the files; print the verdicts and where the files lie. What fails does not keep the rest from it."""
-    console = stderr() if json == STDOUT else stdout()
-    written: list[str] = []
+    """Write the files, print the verdicts, and say where the files lie."""
 
-    def save_page() -> None:
+    def page() -> str:
         comparison.save(out)
-        written.append(f"report: {out}")
+        return f"report: {out}"
 
-    def save_json() -> None:
-        path = write_json(comparison.to_json(), json)
-        if path is not None:
-            written.append(f"json: {path}")
-
-    def print_verdicts() -> None:
-        from batchnorm.report import terminal
-
-        if json != STDOUT:
-            console.print(terminal.render(comparison.document(), brief=True))
-            console.print()
-
-    def print_places() -> None:
-        for line in written:
-            console.print(line, soft_wrap=True, markup=False)
-
-    attempt_all(save_page, save_json, print_verdicts, print_places)
+    present(comparison, json, page)

@@ -8,9 +8,19 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from batchnorm._errors import InputError, OutputError, message
-from batchnorm._files import check_writable, write_whole
-from batchnorm.cli._output import STDOUT, check_json_target, guarded, stderr, stdout, write_json
+from batchnorm._errors import InputError, message
+from batchnorm._files import write_whole
+from batchnorm.cli._output import (
+    STDOUT,
+    JsonTarget,
+    check_json_target,
+    check_page_target,
+    console_beside,
+    guarded,
+    stderr,
+    stdout,
+    write_json,
+)
 from batchnorm.cli._table import as_number, read_table
 
 if TYPE_CHECKING:
@@ -58,12 +68,7 @@ def command(
     html: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write one HTML page; the runners' has sliders.")
     ] = None,
-    json: Annotated[
-        str | None,
-        typer.Option(
-            "--json", metavar="FILE", help="Write JSON to FILE ('-': to stdout, and nothing else there)."
-        ),
-    ] = None,
+    json: JsonTarget = None,
 ) -> None:
     """Explain batch norm: mean, variance, normalize, scale and shift.
 
@@ -110,12 +115,7 @@ def _check(
             )
         )
     if html is not None:
-        if html.suffix.lower() not in (".html", ".htm"):
-            raise OutputError(message("--html", got=str(html), expected="a file that ends in .html"))
-        check_writable(html)
-        from batchnorm.report import html as renderer
-
-        renderer.check_available()
+        check_page_target(html, "--html")
     check_json_target(json)
     if html is not None and json not in (None, STDOUT) and Path(str(json)).resolve() == html.resolve():
         raise InputError(message("--json", got=f"the same file as --html, {html}", expected="another file"))
@@ -154,7 +154,7 @@ def _explain_trace(
 
 def _write(page: str, html: Path | None, numbers: str, json: str | None) -> None:
     """Write what was asked for, and say where it lies."""
-    console = stderr() if json == STDOUT else stdout()
+    console = console_beside(json)
     if html is not None:
         write_whole(html, page)
         console.print(f"page: {html}", soft_wrap=True, markup=False)
