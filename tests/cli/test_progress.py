@@ -3,6 +3,7 @@ import io
 import pytest
 from rich.console import Console
 
+from batchnorm.cli._bench_progress import BenchDisplay
 from batchnorm.cli._progress import LiveDisplay, PlainDisplay, display
 
 
@@ -114,3 +115,20 @@ def test_finishing_twice_and_after_an_error_is_harmless(kind: type[LiveDisplay] 
         fail()
     target.print("after")
     assert written(target).endswith("after\n")
+
+
+@pytest.mark.parametrize(
+    ("elapsed", "expected"),
+    [(None, "estimating"), (33.0, "99 s left"), (33.4, "1 min 40 s left"), (1200.0, "60 min 0 s left")],
+)
+def test_a_benchmark_tells_the_time_left(
+    monkeypatch: pytest.MonkeyPatch, elapsed: float | None, expected: str
+) -> None:
+    with BenchDisplay(console(terminal=True)) as shown:
+        shown.start(4.0, 2, "cases")
+        shown.case_finished("a case", 1.0, "fine")
+        monkeypatch.setattr(type(shown.bars.tasks[0]), "elapsed", elapsed)
+        target = console(terminal=True)
+        target.print(shown.bars.get_renderable())
+    assert expected in written(target)
+    assert "1/2" in written(target)

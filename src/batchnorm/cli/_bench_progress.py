@@ -1,22 +1,20 @@
 """The progress of a benchmark: a bar with the time left in a terminal, plain lines in a log."""
 
 from contextlib import suppress
-from types import TracebackType
-from typing import Self
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
-from rich.text import Text
+from rich.progress import BarColumn, Progress, TextColumn
+
+from batchnorm.cli._display import ConsoleDisplay, TimeLeft
 
 __all__ = ["BenchDisplay"]
 
 
-class BenchDisplay:
-    """A progress display as a context manager, so that the terminal is put right whatever happens."""
+class BenchDisplay(ConsoleDisplay):
+    """A bar over all cases in a terminal, a line for each in a log."""
 
     def __init__(self, console: Console) -> None:
-        self.console = console
-        self.done = 0
+        super().__init__(console)
         self.cases = 0
         self.bars = Progress(
             BarColumn(bar_width=24),
@@ -28,14 +26,6 @@ class BenchDisplay:
             transient=True,
         )
         self.task = self.bars.add_task("cases", total=1.0, count="", label="")
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.finish()
 
     def start(self, effort: float, cases: int, describe: str) -> None:
         """Show the bar, or say in a log what follows."""
@@ -64,18 +54,10 @@ class BenchDisplay:
             with suppress(OSError):
                 self.bars.stop()
 
-    def _print(self, line: str) -> None:
-        # A log that no one reads any more, or that cannot be written, is no reason to stop the work.
-        with suppress(OSError):
-            self.console.print(Text(line), soft_wrap=True)
 
+class _Left(TimeLeft):
+    """In minutes and seconds."""
 
-class _Left(ProgressColumn):
-    """Seconds left, from the mean pace so far."""
-
-    def render(self, task: Task) -> Text:
-        if not task.completed or task.elapsed is None or task.total is None:
-            return Text("estimating", style="progress.remaining")
-        left = round(task.elapsed / task.completed * (task.total - task.completed))
-        text = f"{left} s left" if left < 100 else f"{left // 60} min {left % 60} s left"
-        return Text(text, style="progress.remaining")
+    def words(self, seconds: float) -> str:
+        left = round(seconds)
+        return f"{left} s" if left < 100 else f"{left // 60} min {left % 60} s"

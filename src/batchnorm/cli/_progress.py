@@ -2,8 +2,6 @@
 
 import math
 from contextlib import suppress
-from types import TracebackType
-from typing import Self
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -12,6 +10,7 @@ from rich.progress import Progress as Bars
 from rich.table import Table
 from rich.text import Text
 
+from batchnorm.cli._display import ConsoleDisplay, TimeLeft
 from batchnorm.comparison.wording import words
 from batchnorm.report.terminal import sparkline
 
@@ -27,22 +26,13 @@ def display(console: Console) -> "Display":
     return LiveDisplay(console) if console.is_terminal else PlainDisplay(console)
 
 
-class Display:
-    """A progress display as a context manager, so that the terminal is put right whatever happens."""
+class Display(ConsoleDisplay):
+    """The progress of a comparison, counted."""
 
     def __init__(self, console: Console) -> None:
-        self.console = console
+        super().__init__(console)
         self.runs = 0
-        self.done = 0
         self.words = words("classification")
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.finish()
 
     def start(self, total_runs: int, describe: str, task: str) -> None:
         """Take note of how many trainings follow."""
@@ -60,9 +50,6 @@ class Display:
     ) -> None:
         """Take note of a training that has ended."""
         self.done += 1
-
-    def finish(self) -> None:
-        """Leave the terminal as it was; harmless when called twice."""
 
 
 class PlainDisplay(Display):
@@ -91,11 +78,6 @@ class PlainDisplay(Display):
         outcome = "diverged" if diverged else f"test {self.words.metric} {self.words.score(final_score)}"
         self._print(f"[{self.done}/{self.runs}] {label}, learning rate {lr:g}, seed {seed}: {outcome}")
 
-    def _print(self, line: str) -> None:
-        # A log that no one reads any more, or that cannot be written, is no reason to stop the work.
-        with suppress(OSError):
-            self.console.print(Text(line), soft_wrap=True)
-
 
 class LiveDisplay(Display):
     """A bar over all trainings with the time left, and the losses of the current pair as they fall."""
@@ -108,7 +90,7 @@ class LiveDisplay(Display):
         self.curves: dict[bool, list[float]] = {True: [], False: []}
         self.scores: dict[bool, float | None] = {True: None, False: None}
         self.bars = Bars(
-            BarColumn(bar_width=None), _Runs(), _Elapsed(), _TimeLeft(), console=console, expand=True
+            BarColumn(bar_width=None), _Runs(), _Elapsed(), TimeLeft(), console=console, expand=True
         )
         self.task = self.bars.add_task("runs", total=1.0)
         self.live = Live(console=console, get_renderable=self._draw, refresh_per_second=8, transient=True)
@@ -188,13 +170,3 @@ class _Elapsed(ProgressColumn):
 
     def render(self, task: Task) -> Text:
         return Text(f"{task.elapsed or 0.0:.0f} s", style="progress.elapsed")
-
-
-class _TimeLeft(ProgressColumn):
-    """Seconds left, from the mean pace so far: trainings differ, so the last few tell less."""
-
-    def render(self, task: Task) -> Text:
-        if not task.completed or task.elapsed is None or task.total is None:
-            return Text("estimating", style="progress.remaining")
-        left = task.elapsed / task.completed * (task.total - task.completed)
-        return Text(f"{left:.0f} s left", style="progress.remaining")
