@@ -1,6 +1,7 @@
 import importlib.util
 import os
-from collections.abc import Generator
+import signal
+from collections.abc import Callable, Generator, Iterator
 
 import pytest
 import torch
@@ -27,6 +28,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.fixture(autouse=True)
 def _same_random_numbers_in_any_order() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def ctrl_c() -> Iterator[Callable[[], None]]:
+    """Press Ctrl-C; the test runner's own handling is put back."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield lambda: signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.hookimpl(wrapper=True)

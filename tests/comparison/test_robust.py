@@ -1,6 +1,5 @@
 """Models, data and optimizers that misbehave, and interruptions at awkward moments."""
 
-import signal
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -295,15 +294,6 @@ def test_a_loader_that_fails_is_one_line() -> None:
         (broken(), batches()),
         batch_size=None,
     )
-
-
-@pytest.fixture
-def ctrl_c() -> Iterator[Callable[[], None]]:
-    """Press Ctrl-C; the test runner's own handling is put back."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield lambda: signal.raise_signal(signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    signal.signal(signal.SIGINT, before)
 
 
 def test_ctrl_c_right_after_the_last_training_keeps_it(ctrl_c: Callable[[], None]) -> None:
