@@ -35,6 +35,11 @@ def make_data():
     return x[:32], y[:32], x[32:], y[32:]
 
 def needs_an_argument(width): ...
+calls = []
+def works_once():
+    calls.append(1)
+    if len(calls) > 1: raise RuntimeError("no more")
+    return make_net()
 def fails(): raise ValueError("no such\\nfile")
 def leaves(): raise SystemExit(3)
 def prints_net():
@@ -153,6 +158,39 @@ def test_an_interrupted_comparison_is_written_and_ends_with_130(
     assert result.exit_code == 130
     assert files(tmp_path) == ["batchnorm-report.html"]
     assert "interrupted" in result.stderr
+
+
+@pytest.mark.parametrize("unwritable", [False, True])
+def test_an_error_with_finished_trainings_writes_them_and_ends_with_2(
+    run: Run, recorder: Recorder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unwritable: bool
+) -> None:
+    def full(self: Outcome, path: Path) -> None:
+        raise OutputError("disk full")
+
+    if unwritable:
+        monkeypatch.setattr(Outcome, "save", full)
+    recorder.outcome = DataError("image 7 is missing")
+    recorder.outcome.comparison = Outcome(interrupted=True)
+    result = run("compare", "--json", "r.json")
+    assert result.exit_code == 2
+    assert files(tmp_path) == (["r.json"] if unwritable else ["batchnorm-report.html", "r.json"])
+    assert "It learns sooner." in result.stdout
+    told = "stopped by an error: the results are those of the trainings that had finished"
+    errors = ["error: disk full"] * unwritable + ["error: image 7 is missing"]
+    assert result.stderr.splitlines() == [told, *errors]
+
+
+@pytest.mark.usefixtures("nets")
+def test_a_model_that_fails_at_the_second_seed_leaves_the_first(run: Run, tmp_path: Path) -> None:
+    result = run("compare", *OWN, "--model", "nets:works_once", "--steps", "2", "--json", "r.json")
+    assert result.exit_code == 2
+    error = result.stderr.splitlines()[-1].removeprefix("error: ")
+    assert error.startswith("--model nets:works_once raised RuntimeError: no more")
+    content = json.loads((tmp_path / "r.json").read_text())
+    assert (content["interrupted"], len(content["runs"])) == (True, 2)
+    assert content["error"] == f"ModelError: {error}"
+    page = (tmp_path / "batchnorm-report.html").read_text()
+    assert "Stopped by an error (ModelError: --model nets:works_once raised RuntimeError: no more" in page
 
 
 def test_an_interruption_before_anything_is_finished_writes_nothing(

@@ -87,7 +87,7 @@ def test_json_has_the_documented_shape_and_the_numbers_of_the_runs(result: Compa
     found = json.loads(result.to_json())
     assert (found["kind"], found["schema_version"]) == ("comparison", 2)
     assert set(found) == {
-        *("kind", "schema_version", "verdict", "verdicts", "interrupted", "setup"),
+        *("kind", "schema_version", "verdict", "verdicts", "interrupted", "error", "setup"),
         *("summary", "footing", "dynamics", "runs", "notes", "facts"),
     }
     assert set(found["setup"]) == {
@@ -103,7 +103,7 @@ def test_json_has_the_documented_shape_and_the_numbers_of_the_runs(result: Compa
     }
     assert found["runs"][0]["loss"][0] is None
     assert found["runs"][3]["score"] == list(result.runs[3].score)
-    assert found["interrupted"] is False
+    assert (found["interrupted"], found["error"]) == (False, "")
     finals = [run.score[-1] for run in result.runs if not run.normalized and run.lr == 0.1]
     assert found["summary"]["plain"]["rates"][1]["final"]["mean"] == pytest.approx(np.mean(finals))
 

@@ -343,3 +343,64 @@ def test_a_second_ctrl_c_does_not_lose_what_is_finished(ctrl_c: Callable[[], Non
     found = compare(lrs=[0.1, 0.3], progress=Impatient())
     assert found.interrupted
     assert [run.lr for run in found.runs] == [0.1, 0.1]
+
+
+def stopped_after(trainings: int, progress: Silent | None = None) -> InputError:
+    """The error of a comparison of two rates and two seeds that fails after so many trainings."""
+    made: list[float] = []
+
+    def optimizer(parameters: Any, lr: float) -> torch.optim.Optimizer:
+        made.append(lr)
+        if len(made) > trainings:
+            raise MemoryError("out of\nmemory")
+        return torch.optim.SGD(parameters, lr=lr)
+
+    with pytest.raises(InputError, match="optimizer: got MemoryError: out of memory") as caught:
+        compare(lrs=[0.1, 0.3], seeds=2, progress=progress, optimizer=optimizer)
+    return caught.value
+
+
+@pytest.mark.parametrize(("trainings", "pairs"), [(2, 1), (3, 1), (4, 2), (7, 3)])
+def test_an_error_brings_what_was_finished_before_it(trainings: int, pairs: int) -> None:
+    class Ended(Silent):
+        ended = 0
+
+        def finish(self) -> None:
+            self.ended += 1
+
+    progress, threads, state = Ended(), torch.get_num_threads(), torch.get_rng_state()
+    error = stopped_after(trainings, progress)
+    assert progress.ended == 1
+    assert torch.get_num_threads() == threads
+    assert torch.equal(torch.get_rng_state(), state)
+    found: Comparison = error.comparison
+    assert error.__notes__ == [
+        f"{2 * pairs} finished trainings: see the attribute `comparison` of this error."
+    ]
+    assert found.runs == compare(lrs=[0.1, 0.3], seeds=2, dynamics=False).runs[: 2 * pairs]
+    assert found.summary.seeds == (0,)
+    assert found.interrupted
+    assert found.error == f"InputError: {error}"
+    assert found.incomplete == (
+        f"Stopped by an error ({found.error}): {pairs} of 4 pairs of trainings are finished; "
+        "the figures rest on 1 seed."
+    )
+    assert found.document().incomplete == found.incomplete
+    assert found.incomplete in str(found)
+    assert found.to_dict()["error"] == found.error
+
+
+@pytest.mark.parametrize("trainings", [0, 1])
+def test_an_error_before_the_first_pair_brings_nothing(trainings: int) -> None:
+    assert not hasattr(stopped_after(trainings), "comparison")
+
+
+def test_an_error_of_the_progress_display_brings_what_was_finished() -> None:
+    class Full(Silent):
+        def run_finished(self, label: str, normalized: bool, *rest: Any) -> None:
+            if normalized:
+                raise OSError("no space left")
+
+    with pytest.raises(OSError, match="no space left") as caught:
+        compare(progress=Full())
+    assert len(caught.value.comparison.runs) == 2

@@ -145,7 +145,7 @@ def attempt_all(*steps: Callable[[], object]) -> None:
         except Exception as error:
             errors.append(error)
     if errors:
-        raise ExceptionGroup("not everything could be written", errors)
+        raise ExceptionGroup("not everything could be done", errors)
 
 
 def _print_error(text: str) -> None:

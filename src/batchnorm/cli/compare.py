@@ -128,11 +128,12 @@ def command(
     """Train the same network with and without batch norm and show what it changes.
 
     Both start from the same weights and see the same batches, at several
-    learning rates and seeds. Ctrl-C writes the report of what is finished.
+    learning rates and seeds. Ctrl-C, or an error on the way, writes the report
+    of what is finished.
     """
     with guarded(context, _NOTHING), Interrupts() as interrupts:
         _check_targets(out, json)
-        comparison = _run(
+        comparison, error = _run(
             model=_model(network, model),
             data=_data(data),
             task=None if task is None else task.value,
@@ -147,10 +148,11 @@ def command(
         # Hours of work are in memory alone: from here on Ctrl-C waits until they are written.
         interrupts.hold()
         try:
-            _present(comparison, out, json)
+            _present(comparison, out, json, error)
         finally:
             if comparison.interrupted:
-                stderr().print("interrupted: the results are those of the trainings that had finished")
+                why = "interrupted" if error is None else "stopped by an error"
+                stderr().print(f"{why}: the results are those of the trainings that had finished")
         if comparison.interrupted or interrupts.pressed:
             raise interrupted()
 
@@ -185,19 +187,30 @@ def _data(data: str) -> Any:
         return load_data(data, "--data")
 
 
-def _run(model: Any, data: Any, **options: Any) -> "Comparison":
+def _run(model: Any, data: Any, **options: Any) -> tuple["Comparison", Exception | None]:
+    """Compare; an error that leaves finished trainings comes back with them."""
     from batchnorm.cli._progress import display
     from batchnorm.comparison import compare
 
     with display(stderr()) as progress, users_code():
-        return compare(model, data, progress=progress, **options)
+        try:
+            return compare(model, data, progress=progress, **options), None
+        except Exception as error:
+            finished: Comparison | None = getattr(error, "comparison", None)
+            if finished is None:
+                raise
+            return finished, error
 
 
-def _present(comparison: "Comparison", out: Path, json: str | None) -> None:
-    """Write the files, print the verdicts, and say where the files lie."""
+def _present(comparison: "Comparison", out: Path, json: str | None, error: Exception | None) -> None:
+    """Write the files, print the verdicts, and say where the files lie; then raise the error, if there is one."""
 
     def page() -> str:
         comparison.save(out)
         return f"report: {out}"
 
-    present(comparison, json, page)
+    def fail() -> None:
+        if error is not None:
+            raise error
+
+    present(comparison, json, page, fail)

@@ -14,7 +14,7 @@ from batchnorm.comparison import measures
 from batchnorm.comparison.data import Data, Loaders
 from batchnorm.comparison.footing import Footing, measure_footing
 from batchnorm.comparison.notes import dynamics_notes, method
-from batchnorm.comparison.pairs import Pair, copied, given
+from batchnorm.comparison.pairs import Pair, copied, given, raised
 from batchnorm.comparison.plan import Plan, make_plan
 from batchnorm.comparison.progress import Progress, Silent
 from batchnorm.comparison.record import Batch, Replay, record_test
@@ -109,6 +109,8 @@ def compare(
         MissingDependencyError: an optional package is needed and missing.
         KeyboardInterrupt: stopped before the first pair was finished.
 
+        An error after the first finished pair has the comparison of the finished ones as its attribute `comparison`.
+
     Example:
         >>> import batchnorm
         >>> result = batchnorm.compare("mlp", "digits", lrs=[0.3, 1.0, 3.0], seeds=1, steps=60)
@@ -124,7 +126,8 @@ def compare(
 
 
 def _compared(plan: Plan, progress: Progress, interrupts: Interrupts) -> Comparison:
-    work, interrupted = _Work(), False
+    work = _Work()
+    stopped: KeyboardInterrupt | Exception | None = None
     test = record_test(plan.data, plan.device)
     threads = torch.get_num_threads()
     try:
@@ -140,16 +143,23 @@ def _compared(plan: Plan, progress: Progress, interrupts: Interrupts) -> Compari
             work.watched = Watched(plan, lr, test)
             work.watched.run(progress)
         interrupts.hold()
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Exception) as reason:
         interrupts.hold()
-        interrupted = True
         if not work.runs:
             raise
+        stopped = reason
     finally:
         threads_used = torch.get_num_threads()
         torch.set_num_threads(threads)
         progress.finish()
-    result = _result(plan, work, test, interrupted, threads_used)
+    result = _result(plan, work, test, stopped, threads_used)
+    if isinstance(stopped, Exception):
+        # Not returned: who does not look would take the part for the whole.
+        stopped.comparison = result  # type: ignore[attr-defined]
+        stopped.add_note(
+            f"{len(result.runs)} finished trainings: see the attribute `comparison` of this error."
+        )
+        raise stopped
     # Ctrl-C while the result was put together: everything is there, and whoever called must stop.
     return replace(result, interrupted=True) if interrupts.pressed else result
 
@@ -198,7 +208,9 @@ def _better(run: Run, other: Run) -> bool:
     return not run.diverged and (other.diverged or run.score[-1] > other.score[-1])
 
 
-def _result(plan: Plan, work: _Work, test: list[Batch], interrupted: bool, threads: int) -> Comparison:
+def _result(
+    plan: Plan, work: _Work, test: list[Batch], stopped: KeyboardInterrupt | Exception | None, threads: int
+) -> Comparison:
     summary = summarize(work.runs, plan.task.name, plan.guess(test), sum(len(y) for _, y in test))
     if work.pair is None:
         raise RuntimeError("a finished pair of trainings without its networks")
@@ -225,7 +237,8 @@ def _result(plan: Plan, work: _Work, test: list[Batch], interrupted: bool, threa
     seen, why_not = (None, "") if work.watched is None else (work.watched.result(), work.watched.why_not)
     notes += dynamics_notes(seen, why_not)
     facts = _facts(plan.device, threads)
-    return Comparison(setup, tuple(work.runs), summary, work.footing, seen, notes, interrupted, facts)
+    interrupted, error = stopped is not None, raised(stopped) if isinstance(stopped, Exception) else ""
+    return Comparison(setup, tuple(work.runs), summary, work.footing, seen, notes, interrupted, error, facts)
 
 
 def _samples(data: Data | Loaders) -> tuple[int, int] | None:

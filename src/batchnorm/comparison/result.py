@@ -67,6 +67,7 @@ class Comparison(Reported):
         dynamics: what happened during training; None when it was not asked for or could not be watched.
         notes: method and caveats, in plain sentences.
         interrupted: the work was stopped; everything here is from the pairs finished by then.
+        error: what stopped it, in one line; empty after Ctrl-C.
         facts: versions and machine.
 
     Example:
@@ -88,6 +89,7 @@ class Comparison(Reported):
     dynamics: Dynamics | None
     notes: tuple[str, ...]
     interrupted: bool = False
+    error: str = ""
     facts: Mapping[str, str] = field(default_factory=dict, compare=False)
 
     @property
@@ -100,16 +102,17 @@ class Comparison(Reported):
         """What an interrupted comparison rests on, in one sentence; empty for a whole one."""
         if not self.interrupted:
             return ""
+        why = f"Stopped by an error ({self.error})" if self.error else "Interrupted"
         total = len(self.setup.lrs) * self.setup.seeds
         if len(self.runs) == 2 * total:
             watched = 0 if self.dynamics is None else len(self.dynamics.courses) // 2
             return (
-                "Interrupted after the last pair of trainings: what happens during training was watched in "
+                f"{why} after the last pair of trainings: what happens during training was watched in "
                 f"{watched} of {self.setup.seeds} seeds."
             )
         finished = f"{len(self.runs) // 2} of {total} pairs of trainings are finished"
         seeds = len(self.summary.seeds)
-        return f"Interrupted: {finished}; the figures rest on {seeds} seed{'s' if seeds > 1 else ''}."
+        return f"{why}: {finished}; the figures rest on {seeds} seed{'s' if seeds > 1 else ''}."
 
     def document(self) -> Document:
         """The report, ready to be drawn for a terminal or a browser."""
@@ -122,6 +125,7 @@ class Comparison(Reported):
             "verdict": self.verdict,
             "verdicts": found,
             "interrupted": self.interrupted,
+            "error": self.error,
             "setup": asdict(self.setup),
             "summary": asdict(self.summary),
             "footing": None if self.footing is None else asdict(self.footing),
