@@ -192,7 +192,7 @@ def test_ctrl_c_keeps_what_is_finished(data: Arrays, after: int, pairs: int) -> 
     assert found.interrupted
     assert progress.ended
     assert len(found.runs) == 2 * pairs
-    assert f"{pairs} of 4 pairs" in found.document().incomplete
+    assert f"Interrupted: {pairs} of 4 pairs" in found.document().incomplete
     assert json.loads(found.to_json())["interrupted"] is True
     assert (found.footing is None) == (pairs < 2)
     assert found.summary.seeds == (0,)
