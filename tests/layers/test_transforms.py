@@ -1,4 +1,4 @@
-"""What PyTorch does to a layer: autocast, torch.func, checkpointing, conversion to SyncBatchNorm, hooks."""
+"""What PyTorch does to a layer: autocast, torch.func, checkpointing, conversion to SyncBatchNorm, hooks, scripting."""
 
 import copy
 from typing import Any
@@ -190,3 +190,24 @@ def test_inference_mode_and_update_bn() -> None:
     torch.optim.swa_utils.update_bn(batches, model)
     torch.testing.assert_close(model[0].running_mean, torch.stack(batches).mean((0, 1)))
     assert model[0].momentum == 0.1
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("lazy", [False, True])
+@pytest.mark.parametrize("dimensions", [1, 2, 3])
+def test_scripting_is_refused_and_what_the_error_advises_works(dimensions: int, lazy: bool) -> None:
+    name = f"{'Lazy' if lazy else ''}BatchNorm{dimensions}d"
+    layer = getattr(batchnorm, name)(*() if lazy else (3,), activation="relu")
+    model = nn.Sequential(nn.ReLU(), nn.Sequential(layer))
+    modules = list(model.modules())
+    with pytest.raises(batchnorm.ModelError) as error:
+        torch.jit.script(model)
+    text = str(error.value)
+    assert text.startswith(f"torch.jit.script: got a model with a {name} of batchnorm, expected ")
+    assert "\n" not in text
+    assert list(model.modules()) == modules
+    x = torch.randn(4, 3, *[2] * dimensions)
+    model(x)
+    expected = model.eval()(x)
+    for advised in (torch.jit.trace(model.eval(), x), torch.export.export(model.eval(), (x,)).module()):
+        torch.testing.assert_close(advised(x), expected)

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NoReturn
 
 import torch
 from torch import Tensor
@@ -118,6 +118,18 @@ class Extras(_Base):
         if self.backend is not None:
             text += f", backend={self.backend}"
         return text
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        """torch.jit.script asks every module for what to compile in its place: the moment to say that nothing is."""
+        raise ModelError(
+            message(
+                "torch.jit.script",
+                got=f"a model with a {type(self).__name__} of batchnorm",
+                expected="layers whose forward TorchScript can compile",
+                fix="Record a call in eval mode: torch.jit.trace(model.eval(), input), or "
+                "torch.export.export(model.eval(), (input,)).",
+            )
+        )
 
     def named_children(self) -> Iterator[tuple[str, Module]]:
         """The layer's children; refuses torch.nn.SyncBatchNorm.convert_sync_batchnorm if there is an activation."""
