@@ -99,7 +99,8 @@ def compare(
         progress: told what is going on; see `batchnorm.comparison.Progress`.
 
     Returns:
-        Curves, summary and verdicts. After Ctrl-C those of the finished pairs, with `interrupted` set.
+        Curves, summary and verdicts. After Ctrl-C those of the finished pairs, with `interrupted` set; an error after
+        the first finished pair is raised with the same as its attribute `comparison`.
 
     Raises:
         InputError: an option does not fit.
@@ -108,8 +109,6 @@ def compare(
         ModelError: the model cannot be built, does not fit the data, or has no place for batch norm.
         MissingDependencyError: an optional package is needed and missing.
         KeyboardInterrupt: stopped before the first pair was finished.
-
-        An error after the first finished pair has the comparison of the finished ones as its attribute `comparison`.
 
     Example:
         >>> import batchnorm
