@@ -27,23 +27,30 @@ void update_running(const Running& running, int64_t channels, const double* mean
 }
 
 void forward(const Input& input, Normalize call, double eps, double* mean, double* var) {
-  const int64_t channels = input.view.channels;
   const double count = static_cast<double>(input.view.count());
-  Scratch<double> low(channels), rstd(channels);
+  Scratch<double> lows(input.view.channels), rstds(input.view.channels);
   const bool exact = input.dtype == DType::f64;  // elsewhere a float64 mean is more than the elements can show
-  moments(input, {mean, exact ? low.get() : nullptr, var});
-  for (int64_t c = 0; c < channels; ++c) {
-    var[c] = count > 0 ? var[c] / count : 0;
-    rstd[c] = 1 / std::sqrt(var[c] + eps);
-  }
-  call.affine.mean = mean;
-  call.affine.low = exact ? low.get() : nullptr;
-  call.affine.rstd = rstd.get();
-  normalize(input, call);
+  const Affine affine{mean, exact ? lows.get() : nullptr, rstds.get(), call.affine.weight, call.affine.bias};
+  call.streaming = prepare(input.bytes(), call.y);
+  for_panels(input.view, 1, input.element_size(), [&](const View& view, int64_t first) {
+    const Input part = input.panel(view);
+    Normalize here = call;
+    here.affine = affine.from(first);
+    double *low = lows.get() + first, *rstd = rstds.get() + first, *m2 = var + first;
+    moments(part, {mean + first, exact ? low : nullptr, m2});
+    for (int64_t c = 0; c < view.channels; ++c) {
+      m2[c] = count > 0 ? m2[c] / count : 0;
+      rstd[c] = 1 / std::sqrt(m2[c] + eps);
+    }
+    normalize(part, here);
+  });
 }
 
-void backward(const Input& input, Gradient call, const double* var, double eps, void* dx, void* g,
-              const Parameters& grads) {
+namespace {
+
+// The channels of one panel.
+void backward_panel(const Input& input, Gradient call, const double* var, double eps, GradientInput out,
+                    const Parameters& grads) {
   const int64_t channels = input.view.channels;
   const double count = static_cast<double>(input.view.count()), n = count > 0 ? count : 1;
   Scratch<double> memory(8 * channels);
@@ -73,7 +80,23 @@ void backward(const Input& input, Gradient call, const double* var, double eps, 
     two_sum(sums.shift[c], sums.g[c] / n, mean_g[c], low_g[c]);
     low_g[c] -= rest * slope_x[c];
   }
-  gradient_input(input, call, {mean_g, low_g, slope_x, dx, g});
+  out.mean_g = mean_g;
+  out.low_g = low_g;
+  out.slope_x = slope_x;
+  gradient_input(input, call, out);
+}
+
+}  // namespace
+
+void backward(const Input& input, Gradient call, const double* var, double eps, void* dx, void* g,
+              const Parameters& grads) {
+  const bool streaming = prepare(input.bytes(), dx, g);
+  for_panels(input.view, call.residual ? 3 : 2, input.element_size(), [&](const View& view, int64_t first) {
+    Gradient here = call;
+    here.affine = call.affine.from(first);
+    backward_panel(input.panel(view), here, var + first, eps, {nullptr, nullptr, nullptr, dx, g, streaming},
+                   {grads.weight.from(first), grads.bias.from(first)});
+  });
 }
 
 void grad_sums(const Input& input, const Gradient& call, double* sum_g, double* sum_g_xhat) {
@@ -100,5 +123,6 @@ void grad_input(const Input& input, const Gradient& call, const double* sum_g, c
     low_g[c] = 0;
     slope_x[c] = call.affine.rstd[c] * (sum_g_xhat[c] / n);
   }
-  gradient_input(input, call, {mean_g, low_g, slope_x, dx, g});
+  const bool streaming = prepare(input.bytes(), dx, g);
+  gradient_input(input, call, {mean_g, low_g, slope_x, dx, g, streaming});
 }

@@ -10,6 +10,20 @@ struct Input {
   DType dtype;
   View view;
   const void* x;
+  bool far;  // of the whole tensor, with another of its size
+
+  Input(DType dtype, const View& view, const void* x)
+      : dtype(dtype), view(view), x(x), far(is_far(2 * view.elements * size_of(dtype))) {}
+
+  // Some channels of it.
+  Input panel(const View& part) const {
+    Input some = *this;
+    some.view = part;
+    return some;
+  }
+
+  int64_t element_size() const { return size_of(dtype); }
+  int64_t bytes() const { return view.elements * element_size(); }
 };
 
 // The mean as an unevaluated sum, hi + lo, and var = m2 / count.
@@ -28,6 +42,11 @@ struct Affine {
   const double* low;  // may be null
   const double* rstd;
   Vector weight, bias;
+
+  // Of the channels from c on.
+  Affine from(int64_t c) const { 
+    return {mean + c, low ? low + c : nullptr, rstd ? rstd + c : nullptr, weight.from(c), bias.from(c)};
+  }
 };
 
 // (3) to (5): y = act(((x − mean)·rstd·weight + bias) + residual), and the bits of act' if there is room for them.
@@ -38,6 +57,7 @@ struct Normalize {
   uint8_t* bits;
   Act act;
   double slope;
+  bool streaming = false;
 };
 void normalize(const Input& input, const Normalize& call);
 
@@ -67,6 +87,7 @@ struct GradientInput {
   const double* slope_x;
   void* dx;
   void* g;  // may be null
+  bool streaming = false;
 };
 void gradient_input(const Input& input, const Gradient& call, const GradientInput& out);
 

@@ -92,6 +92,11 @@ Masked masked(int dtype, bool last, int64_t n, int64_t c, int64_t s, Address x, 
 #define NORMALIZE(mean, low, rstd) \
   Normalize { {mean, low, rstd, WEIGHTS}, to<void>(residual), to<void>(y), to<uint8_t>(bits), static_cast<Act>(act), slope }
 
+void unmasked_normalize(const Input& input, Normalize call) {
+  call.streaming = prepare(input.bytes(), call.y);
+  normalize(input, call);
+}
+
 // Returns the count. `momentum` NaN: None. The counter moves first, as in PyTorch.
 double train_forward(INPUT, PARAMETERS, OUTPUT, double eps, Address mean, Address var, Address running_mean,
                      Address running_var, int running_dtype, Address tracked, double momentum, bool skip_nonfinite) {
@@ -131,7 +136,7 @@ double moments_(INPUT, Address mean, Address m2) {
 void normalize_(INPUT, PARAMETERS, OUTPUT, Address mean, Address invstd) {
   const Normalize call = NORMALIZE(to<double>(mean), nullptr, to<double>(invstd));
   if (weights) return masked_normalize(MASKED, call);
-  normalize(UNMASKED, call);
+  unmasked_normalize(UNMASKED, call);
 }
 
 // Eval: `normalize` by running statistics; mean and invstd (double) are results.
@@ -162,7 +167,7 @@ void preactivation(INPUT, PARAMETERS, Address residual, Address y, double eps, A
   }
   const Normalize call = NORMALIZE(center, low, invstd);
   if (weights) return masked_normalize(MASKED, call);
-  normalize(UNMASKED, call);
+  unmasked_normalize(UNMASKED, call);
 }
 
 void grad_sums_(INPUT, PARAMETERS, GRADIENT, Address mean, Address invstd, Address sum_g, Address sum_g_xhat) {

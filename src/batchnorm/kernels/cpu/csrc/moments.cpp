@@ -2,47 +2,49 @@
 //
 // Chunks are summed about a pilot, the mean of the chunk's first elements, and merged by Chan's formula. A pilot
 // of p out of n values is within σ·√(n/p) of their mean, whatever the values, so that what m2 loses by the shift is
-// bounded: n/p is 16 for lanes and 64 for planes, 3 of 53 bits at the very worst, and nothing on usual data. The pilot is the
-// first value plus the mean of differences to it: exact for a constant channel.
+// bounded: n/p is 32 for lanes and 64 for planes, 3 bits at the very worst, and nothing on usual data. The pilot is the
+// first value plus the mean of differences to it: exact for a constant channel. Floats summed in double have bits to
+// spare, and the first value will do: n is 16,384 at most, 7 of 53 bits.
+
+#include <algorithm>
+#include <cmath>
 
 #include "kernels.h"
 
 namespace {
 
-constexpr int64_t chunk = 128;   // rows about one pilot
-constexpr int64_t run_lanes = 64;  // independent sums along a run
+constexpr int64_t chunk = 128;  // rows about one pilot
 constexpr int64_t run_pilot = 256;
 
-// Adds rows × lanes of x − shift and its square. With `Same` all lanes have shift[0].
-template <int R, bool Same, class T>
+// Adds rows × lanes of x − shift and its square, `unrolled` rows in P before they become double. With `Same` all lanes
+// have shift[0].
+template <class P, int R, bool Same, class T>
 INLINE void add_rows(const T* RESTRICT x, int64_t stride, int64_t lanes, const double* RESTRICT shift,
                      double* RESTRICT sum, double* RESTRICT square) {
   for (int64_t l = 0; l < lanes; ++l) {
-    const double s = shift[Same ? 0 : l];
-    double a = sum[l], b = square[l];
+    const P s = static_cast<P>(shift[Same ? 0 : l]);
+    P a = 0, b = 0;
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
-      const double d = widen(x[r * stride + l]) - s;
+      const P d = widen(x[r * stride + l]) - s;
       a += d;
       b += d * d;
     }
-    sum[l] = a;
-    square[l] = b;
+    sum[l] += a;
+    square[l] += b;
   }
 }
 
-template <bool Same, class T>
-INLINE void add(const T* x, int64_t stride, int64_t rows, int64_t lanes, const double* shift, double* sum,
+template <class P, bool Same, class T>
+INLINE void add(const T* x, int64_t stride, int64_t rows, int64_t lanes, bool far, const double* shift, double* sum,
                 double* square) {
   int64_t r = 0;
   const int64_t ahead = rows_ahead<T>(unrolled, stride);
   for (; r + unrolled <= rows; r += unrolled) {
-    // Runs are short rows, side by side in a few pages; full rows the hardware follows by itself.
-    if constexpr (Same)
-      for (int64_t i = r; i < r + unrolled; ++i) prefetch(x + i * stride, ahead * stride, lanes);
-    add_rows<unrolled, Same>(x + r * stride, stride, lanes, shift, sum, square);
+    for (int64_t i = r; far && i < r + unrolled; ++i) prefetch(x + i * stride, ahead * stride, lanes);
+    add_rows<P, unrolled, Same>(x + r * stride, stride, lanes, shift, sum, square);
   }
-  for (; r < rows; ++r) add_rows<1, Same>(x + r * stride, stride, lanes, shift, sum, square);
+  for (; r < rows; ++r) add_rows<P, 1, Same>(x + r * stride, stride, lanes, shift, sum, square);
 }
 
 // Chan, Golub and LeVeque: (12) of docs/math.md, with share = n_b/n and between = n_a·n_b/n.
@@ -57,10 +59,20 @@ INLINE double about_mean(double square, double sum, double per_n) {
   return m2 < 0 ? 0 : m2;  // NaN stays
 }
 
-// `rows` rows of `lanes` lanes: the mean, less `base`, and m2 of each lane.
-template <class T>
-CLONES void lanes_block(const T* RESTRICT x, int64_t stride, int64_t rows, int64_t lanes, const double* RESTRICT base,
-                        double* RESTRICT mean, double* RESTRICT m2) {
+// Whether float holds a sum of squares: not infinite, and not lost below 2^-149.
+template <class T, class P>
+constexpr bool spare = std::is_same_v<P, double> && !std::is_same_v<T, double>;
+
+template <class T, class P>
+INLINE bool lost(double square, double count) {
+  if constexpr (!std::is_same_v<T, BFloat16> || !std::is_same_v<P, float>) return false;
+  return !(square >= count * 0x1p-120 && square <= 0x1p127);
+}
+
+// `rows` rows of `lanes` lanes: the mean, less `base`, and m2 of each lane; NaN where P cannot hold the squares.
+template <class T, class P>
+CLONES void lanes_block(const T* RESTRICT x, int64_t stride, int64_t rows, int64_t lanes, bool far,
+                        const double* RESTRICT base, double* RESTRICT mean, double* RESTRICT m2) {
   alignas(64) double shift[tile], sum[tile], square[tile];
   for (int64_t l = 0; l < lanes; ++l) mean[l] = m2[l] = 0;
   for (int64_t start = 0; start < rows; start += chunk) {
@@ -70,55 +82,51 @@ CLONES void lanes_block(const T* RESTRICT x, int64_t stride, int64_t rows, int64
       shift[l] = widen(first[l]);
       sum[l] = square[l] = 0;
     }
-    add<false>(first, stride, pilot, lanes, shift, sum, square);
-    const double per_pilot = 1.0 / static_cast<double>(pilot);
-    for (int64_t l = 0; l < lanes; ++l) {
-      shift[l] += sum[l] * per_pilot;
-      sum[l] = square[l] = 0;
+    if constexpr (!spare<T, P>) {
+      add<P, false>(first, stride, pilot, lanes, false, shift, sum, square);
+      const double per_pilot = 1.0 / static_cast<double>(pilot);
+      for (int64_t l = 0; l < lanes; ++l) {
+        shift[l] = static_cast<P>(shift[l] + sum[l] * per_pilot);
+        sum[l] = square[l] = 0;
+      }
     }
-    add<false>(first, stride, n, lanes, shift, sum, square);
+    add<P, false>(first, stride, n, lanes, far, shift, sum, square);
     const double na = static_cast<double>(start), nb = static_cast<double>(n), per_n = 1.0 / nb;
     const double share = nb / (na + nb), between = na * share;
-    for (int64_t l = 0; l < lanes; ++l)
-      merge(share, between, (shift[l] - base[l]) + sum[l] * per_n, about_mean(square[l], sum[l], per_n), mean[l], m2[l]);
+    for (int64_t l = 0; l < lanes; ++l) {
+      const double m2_b = about_mean(square[l], sum[l], per_n);
+      merge(share, between, (shift[l] - base[l]) + sum[l] * per_n, lost<T, P>(square[l], nb) ? NAN : m2_b, mean[l], m2[l]);
+    }
   }
 }
 
 // One channel's runs in a strip.
-template <class T>
-CLONES void run_block(const T* RESTRICT x, const View& v, int64_t strip, int64_t c, double base, double* mean,
-                      double* m2) {
-  alignas(64) double sum[run_lanes], square[run_lanes];
-  for (int64_t l = 0; l < run_lanes; ++l) sum[l] = square[l] = 0;
+template <class T, class P>
+CLONES void run_block(const T* RESTRICT x, const View& v, int64_t strip, int64_t c, bool far, double base,
+                      double* mean, double* m2) {
+  alignas(64) double sum[short_run], square[short_run];
+  const int64_t sums = sums_along(v);
+  for (int64_t l = 0; l < sums; ++l) sum[l] = square[l] = 0;
   double shift = 0;
   bool started = false;
-  for_runs(v, strip, c, [&](int64_t e, int64_t length) INLINE_LAMBDA {
-    const T* RESTRICT run = x + e;
+  for_runs(v, strip, c, [&](int64_t e, int64_t stride, int64_t rows, int64_t lanes) INLINE_LAMBDA {
+    const T* RESTRICT first = x + e;
     if (!started) {
       started = true;
-      const int64_t pilot = std::min(length, run_pilot);
-      const double first = widen(run[0]);
-      add<true>(run, run_lanes, pilot / run_lanes, run_lanes, &first, sum, square);
-      add<true>(run + pilot / run_lanes * run_lanes, run_lanes, 1, pilot % run_lanes, &first, sum, square);
-      double total = 0;
-      for (int64_t l = 0; l < run_lanes; ++l) {
-        total += sum[l];
-        sum[l] = square[l] = 0;
+      shift = widen(first[0]);
+      if constexpr (!spare<T, P>) {
+        const int64_t pilot = std::min(rows, std::max<int64_t>(1, run_pilot / lanes));
+        add<P, true>(first, stride, pilot, lanes, false, &shift, sum, square);
+        shift = static_cast<P>(shift + fold(sum, lanes) / static_cast<double>(pilot * lanes));
+        for (int64_t l = 0; l < lanes; ++l) sum[l] = square[l] = 0;
       }
-      shift = first + total / static_cast<double>(pilot);
     }
-    const int64_t rows = length / run_lanes;
-    add<true>(run, run_lanes, rows, run_lanes, &shift, sum, square);
-    add<true>(run + rows * run_lanes, run_lanes, 1, length % run_lanes, &shift, sum, square);
+    add<P, true>(first, stride, rows, lanes, far, &shift, sum, square);
   });
-  double a = 0, b = 0;
-  for (int64_t l = 0; l < run_lanes; ++l) {
-    a += sum[l];
-    b += square[l];
-  }
+  const double a = fold(sum, sums), b = fold(square, sums);
   const double n = static_cast<double>(v.strip_count(strip));
   *mean = (shift - base) + a / n;
-  *m2 = about_mean(b, a, 1 / n);
+  *m2 = lost<T, P>(b, n) ? NAN : about_mean(b, a, 1 / n);
 }
 
 INLINE void merge_all(int64_t channels, double share, double between, int64_t stride, const double* RESTRICT mean_b,
@@ -142,8 +150,40 @@ CLONES void merge_channels(const View& v, int64_t first, int64_t last, const dou
   });
 }
 
+// The means and m2s of every strip and one strip more, the tail.
+struct Partials {
+  double *means, *m2s;
+  const double* bases;  // of each coefficient
+  bool far;
+};
+
+template <class T, class P>
+void block_in(const T* x, const View& v, int64_t strip, int64_t lane, int64_t lanes, bool far, const double* base,
+              double* mean, double* m2) {
+  if (v.planes) return run_block<T, P>(x, v, strip, lane, far, *base, mean, m2);
+  lanes_block<T, P>(x + strip * v.block_rows() * v.width + lane, v.width, v.strip_count(strip), lanes, far, base, mean, m2);
+}
+
+// What float cannot hold is computed again in double, for the lanes concerned alone: a channel with NaN changes no other.
 template <class T>
-void moments_of(const T* x, const View& v, Statistics out) {
+void block_of(const T* x, const View& v, int64_t strip, int64_t t, const Partials& out) {
+  const int64_t lane = v.planes ? t : t * tile, at = strip * v.coefficients() + lane;
+  const int64_t lanes = v.planes ? 1 : std::min(tile, v.width - lane);
+  double *mean = out.means + at, *m2 = out.m2s + at;
+  block_in<T, Partial<T>>(x, v, strip, lane, lanes, out.far, out.bases + lane, mean, m2);
+  if constexpr (!std::is_same_v<T, BFloat16>) return;
+  if (std::none_of(m2, m2 + lanes, [](double value) { return std::isnan(value); })) return;
+  double means[tile], m2s[tile];
+  block_in<T, double>(x, v, strip, lane, lanes, out.far, out.bases + lane, means, m2s);
+  for (int64_t l = 0; l < lanes; ++l) {
+    if (!std::isnan(m2[l])) continue;
+    mean[l] = means[l];
+    m2[l] = m2s[l];
+  }
+}
+
+template <class T>
+void moments_of(const T* x, const View& v, bool far, Statistics out) {
   const int64_t lanes = v.coefficients(), strips = v.strips();
   Scratch<double> base(v.channels), lane_base(v.planes ? 0 : lanes), relative(v.channels);
   Scratch<double> means((strips + 1) * lanes), m2s((strips + 1) * lanes);
@@ -157,12 +197,9 @@ void moments_of(const T* x, const View& v, Statistics out) {
     }
   }
   const int64_t tiles = v.tiles();
+  const Partials partials{means.get(), m2s.get(), v.planes ? base.get() : lane_base.get(), far};
   for_blocks(v.blocks(), v.elements, false, [&](int64_t b) {
-    const int64_t strip = b / tiles, t = b % tiles;
-    if (v.planes) return run_block(x, v, strip, t, base[t], &means[strip * lanes + t], &m2s[strip * lanes + t]);
-    const int64_t lane = t * tile, at = strip * lanes + lane;
-    lanes_block(x + strip * v.block_rows() * v.width + lane, v.width, v.strip_count(strip),
-                std::min(tile, v.width - lane), &lane_base[lane], &means[at], &m2s[at]);
+    block_of<T>(x, v, b / tiles, b % tiles, partials);
   });
   const int64_t channel_tiles = (v.channels + tile - 1) / tile;
   for_blocks(channel_tiles, (strips + 1) * lanes, false, [&](int64_t t) {
@@ -187,6 +224,6 @@ void moments(const Input& input, Statistics out) {
   }
   by_dtype(input.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    moments_of(static_cast<const T*>(input.x), input.view, out);
+    moments_of(static_cast<const T*>(input.x), input.view, input.far, out);
   });
 }

@@ -12,37 +12,42 @@ struct Job {
   const T *x, *residual;
   T* y;
   uint8_t* bits;
-  const Wide<T> *high, *low, *scale, *bias;
+  const Coefficients<Wide<T>, 4>& coefficients;
   Wide<T> slope;
-  bool streaming;
+  bool streaming, far;
 };
 
-template <class T, Act A, Added R, bool Planes>
+template <class T, Act A, Added R>
 struct Op {
   using W = Wide<T>;
   const Job<T>& job;
-  alignas(64) T buffer[mini_block];
+  alignas(64) T buffer[streamed];
   alignas(64) uint8_t on[R == Added::bits ? mini_block : 1];
   T* out = nullptr;
 
   INLINE explicit Op(const Job<T>& job) : job(job) {}
-
+  INLINE bool streaming() const { return job.streaming; }
   INLINE void begin(int64_t e, int64_t) { out = job.streaming ? buffer : job.y + e; }
 
+  INLINE void ahead(int64_t e, int64_t n) const {
+    if (!job.far) return;
+    prefetch(job.x + e, 0, n);
+    if constexpr (R != Added::none) prefetch(job.residual + e, 0, n);
+  }
+
+  template <bool Same>
   INLINE void run(int64_t e, int64_t length, int64_t j, int64_t at) {
     const T* RESTRICT x = job.x + e;
-    const T* RESTRICT r = R == Added::none ? nullptr : job.residual + e;
+    const T* RESTRICT residual = R == Added::none ? nullptr : job.residual + e;
     T* RESTRICT y = out + at;
     uint8_t* RESTRICT o = on + at;
-    const W* RESTRICT high = job.high + j;
-    const W* RESTRICT low = job.low + j;
-    const W* RESTRICT scale = job.scale + j;
-    const W* RESTRICT bias = job.bias + j;
+    const W* RESTRICT coefficients = job.coefficients.at(j);
     const W slope = job.slope;
+    INDEPENDENT
     for (int64_t i = 0; i < length; ++i) {
-      const int64_t k = Planes ? 0 : i;
-      W z = ((widen(x[i]) - high[k]) - low[k]) * scale[k] + bias[k];
-      if constexpr (R != Added::none) z += widen(r[i]);
+      const W* k = coefficients + (Same ? 0 : i);
+      W z = ((widen(x[i]) - k[0]) - k[tile]) * k[2 * tile] + k[3 * tile];
+      if constexpr (R != Added::none) z += widen(residual[i]);
       narrow(activate<A>(z, slope), y[i]);
       if constexpr (R == Added::bits) o[i] = is_on<A>(z);
     }
@@ -54,19 +59,18 @@ struct Op {
   }
 };
 
-template <class T, Act A, Added R, bool Planes>
-CLONES void run_block(const Job<T>& job, int64_t first, int64_t last) {
-  Op<T, A, R, Planes> op(job);
-  walk<Planes>(op, job.v, first, last);
+template <class T, Act A, Added R>
+CLONES void run_block(const Job<T>& job, int64_t origin, int64_t first, int64_t last) {
+  Op<T, A, R> op(job);
+  job.v.planes ? walk<true>(op, job.v, origin, first, last) : walk<false>(op, job.v, origin, first, last);
   if (job.streaming) stream_fence();
 }
 
 template <class T, Act A, Added R>
 void run(const Job<T>& job) {
-  if (job.v.planes)
-    for_elements(job.v, [&](int64_t first, int64_t last) { run_block<T, A, R, true>(job, first, last); });
-  else
-    for_elements(job.v, [&](int64_t first, int64_t last) { run_block<T, A, R, false>(job, first, last); });
+  for_elements(job.v, [&](int64_t origin, int64_t first, int64_t last) {
+    run_block<T, A, R>(job, origin, first, last);
+  });
 }
 
 template <class T, Act A>
@@ -81,12 +85,10 @@ void run_added(const Job<T>& job) {
 template <class T>
 void normalize_of(const Input& input, const Normalize& call) {
   const View& v = input.view;
-  const int64_t bytes = v.elements * static_cast<int64_t>(sizeof(T));
-  advise_huge_pages(call.y, bytes);
-  const Coefficients<Wide<T>> k(v, call.affine, 0);
+  const Coefficients<Wide<T>, 4> k(v, call.affine);
   const Job<T> job{v,     static_cast<const T*>(input.x), static_cast<const T*>(call.residual), static_cast<T*>(call.y),
-                   call.bits, k.high, k.low, k.scale, k.bias, static_cast<Wide<T>>(call.slope),
-                   wants_streaming(bytes)};
+                   call.bits, k, static_cast<Wide<T>>(call.slope),
+                   call.streaming, input.far};
   switch (call.act) {
     case Act::relu:
       return run_added<T, Act::relu>(job);

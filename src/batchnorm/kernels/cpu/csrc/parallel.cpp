@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstdio>
 
 #ifdef __linux__
 #include <pthread.h>
@@ -42,12 +43,41 @@ void advise_huge_pages(void* data, int64_t bytes) {
 #endif
 }
 
-bool wants_streaming(int64_t bytes) {
-#if defined(__x86_64__) && defined(__linux__)
-  static const int64_t cache = std::max<int64_t>(sysconf(_SC_LEVEL3_CACHE_SIZE), int64_t{8} << 20);
+namespace {
+
+// The size of the last-level cache. sysconf adds up all caches of a socket on some machines (402 MB where a core has
+// 32), so the kernel's own description comes first.
+int64_t cache_size() {
+  int64_t bytes = 0;
+#ifdef __linux__
+  if (std::FILE* file = std::fopen("/sys/devices/system/cpu/cpu0/cache/index3/size", "r")) {
+    long long size = 0;
+    char unit = 'K';
+    if (std::fscanf(file, "%lld%c", &size, &unit) >= 1) bytes = size << (unit == 'M' ? 20 : unit == 'K' ? 10 : 0);
+    std::fclose(file);
+  }
+#ifdef _SC_LEVEL3_CACHE_SIZE
+  if (bytes <= 0) bytes = sysconf(_SC_LEVEL3_CACHE_SIZE);
+#endif
+#endif
+  return std::max<int64_t>(bytes, int64_t{8} << 20);
+}
+
+bool is_beyond_half(int64_t bytes) {
+  static const int64_t cache = cache_size();
   return bytes > cache / 2;
+}
+
+}  // namespace
+
+bool is_far(int64_t bytes) { return is_beyond_half(bytes); }
+
+bool prepare(int64_t bytes, void* output, void* second) {
+  advise_huge_pages(output, bytes);
+  if (second) advise_huge_pages(second, bytes);
+#if defined(__SSE2__)
+  return is_beyond_half(bytes);
 #else
-  (void)bytes;
   return false;
 #endif
 }

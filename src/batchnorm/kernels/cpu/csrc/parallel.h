@@ -23,8 +23,13 @@ int threads_for(int64_t blocks, int64_t elements);
 // Asks for huge pages for a fresh output: the faults of 4 KB pages cost more than the writing.
 void advise_huge_pages(void* data, int64_t bytes);
 
-// Whether an output of that size should go past the caches.
-bool wants_streaming(int64_t bytes);
+// Whether tensors of that size together are beyond what a cache holds from one call to the next: then a pass asks for
+// what it reads next. (Within a cache that costs a tenth.)
+bool is_far(int64_t bytes);
+
+// Before results of that size are written. Asks for huge pages for `output` and, where there is one, `second`; returns
+// whether they should go past the caches.
+bool prepare(int64_t bytes, void* output, void* second = nullptr);
 
 // Runs body(block) for every block; each thread has one range of them, walked backwards on demand.
 template <class Body>
@@ -45,17 +50,17 @@ void for_blocks(int64_t blocks, int64_t elements, bool backwards, const Body& bo
   share(0, 1);
 }
 
-struct Free {
-  void operator()(void* data) const { std::free(data); }
-};
-
-// Uninitialised numbers that live as long as a call.
+// Uninitialised numbers that live as long as a call, on a cache line of their own: a vector that straddles two lines
+// costs two reads.
 template <class T>
 class Scratch {
+  static constexpr std::align_val_t line{64};
+  struct Free {
+    void operator()(T* data) const { ::operator delete(data, line); }
+  };
+
  public:
-  explicit Scratch(int64_t count) : data_(static_cast<T*>(std::malloc(sizeof(T) * (count > 0 ? count : 1)))) {
-    if (!data_) throw std::bad_alloc();
-  }
+  explicit Scratch(int64_t count) : data_(static_cast<T*>(::operator new(sizeof(T) * (count > 0 ? count : 1), line))) {}
   T* get() const { return data_.get(); }
   T& operator[](int64_t i) const { return data_.get()[i]; }
 
