@@ -373,7 +373,7 @@ void masked_normalize_of(const Masked& in, const Normalize& call) {
   const Coefficients k(shape, 4);
   const Rule rule = rule_of(shape, call.affine, call.act, call.slope, k);
   const T* x = static_cast<const T*>(in.x);
-  advise_huge_pages(call.y, shape.elements * static_cast<int64_t>(sizeof(T)));
+  (void)prepare(shape.elements * static_cast<int64_t>(sizeof(T)), call.y);
   for_elements(shape, [&](int64_t first, int64_t last) {
     const auto run = shape.planes ? normalize_block<true, T> : normalize_block<false, T>;
     run(x, in, shape, call, rule, first, last);
@@ -403,8 +403,7 @@ void masked_gradient_input_of(const Masked& in, const Gradient& call, const Grad
                       k.set(6, in.c, [&](int64_t c) { return out.slope_x[c]; })};
   const T* x = static_cast<const T*>(in.x);
   const int64_t bytes = shape.elements * static_cast<int64_t>(sizeof(T));
-  advise_huge_pages(out.dx, bytes);
-  if (out.g) advise_huge_pages(out.g, bytes);
+  (void)prepare(bytes, out.dx, out.g);
   for_elements(shape, [&](int64_t first, int64_t last) {
     const auto run = shape.planes ? gradient_input_block<true, T> : gradient_input_block<false, T>;
     run(x, in, shape, call, rule, slopes, static_cast<T*>(out.dx), static_cast<T*>(out.g), first, last);

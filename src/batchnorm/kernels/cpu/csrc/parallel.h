@@ -20,9 +20,6 @@ constexpr int64_t grain = 32768;
 // How many threads a call with that many blocks and elements may use; 1 after a fork and inside another team.
 int threads_for(int64_t blocks, int64_t elements);
 
-// Asks for huge pages for a fresh output: the faults of 4 KB pages cost more than the writing.
-void advise_huge_pages(void* data, int64_t bytes);
-
 // Whether tensors of that size together are beyond what a cache holds from one call to the next: then a pass asks for
 // what it reads next. (Within a cache that costs a tenth.)
 bool is_far(int64_t bytes);
