@@ -43,8 +43,8 @@ class Coefficients {
     set(0, [&](int64_t c) { return static_cast<W>(a.mean[c]); });
     // Infinite means have no rest: infinity − infinity would be NaN, and the channel is lost anyway.
     set(1, [&](int64_t c) { return rest(a.mean[c]) + (a.low ? a.low[c] : 0.0); });
-    set(2, [&](int64_t c) { return a.weight ? a.weight.get(c) * a.rstd[c] : a.rstd[c]; });
-    set(3, [&](int64_t c) { return a.bias ? a.bias.get(c) : 0.0; });
+    set(2, a.weight, [&](double weight, int64_t c) { return weight * a.rstd[c]; }, 1);
+    set(3, a.bias, [](double bias, int64_t) { return bias; }, 0);
   }
 
   // What W leaves of a double.
@@ -52,18 +52,35 @@ class Coefficients {
 
   template <class Value>
   void set(int64_t number, const Value& value) {
-    int64_t lane = 0;
-    for (int64_t c = 0; lane < distinct_; ++c) {
-      const W w = static_cast<W>(value(c));
-      for (int64_t i = 0; i < repeat_; ++i, ++lane) at(lane)[number * tile] = w;
+    if (repeat_ == 1) {
+      for (int64_t start = 0; start < distinct_; start += tile) {
+        W* RESTRICT to = at(start) + number * tile;
+        const int64_t n = std::min(tile, distinct_ - start);
+        for (int64_t i = 0; i < n; ++i) to[i] = static_cast<W>(value(start + i));
+      }
+    } else {
+      for (int64_t c = 0, lane = 0; lane < distinct_; ++c) {
+        const W w = static_cast<W>(value(c));
+        for (int64_t i = 0; i < repeat_; ++i, ++lane) at(lane)[number * tile] = w;
+      }
     }
-    for (; lane < lanes_; ++lane) at(lane)[number * tile] = at(lane - distinct_)[number * tile];
+    for (int64_t lane = distinct_; lane < lanes_; ++lane) at(lane)[number * tile] = at(lane - distinct_)[number * tile];
   }
 
   // Those of lane j and of the rest of its tile: number k of lane j + i at [k·tile + i].
   INLINE W* at(int64_t j) const { return memory_.get() + j / tile * tile * Count + j % tile; }
 
  private:
+  // From a parameter of the layer, or what stands for it where there is none.
+  template <class Value>
+  void set(int64_t number, const Vector& parameter, const Value& value, double otherwise) {
+    if (!parameter) return set(number, [&](int64_t c) { return value(otherwise, c); });
+    by_dtype(parameter.dtype, [&](auto* type) {
+      const auto* values = static_cast<decltype(type)>(parameter.data);
+      set(number, [&](int64_t c) { return value(static_cast<double>(widen(values[c])), c); });
+    });
+  }
+
   int64_t lanes_, distinct_, repeat_;
   Scratch<W> memory_;
 };

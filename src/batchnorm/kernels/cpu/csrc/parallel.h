@@ -51,16 +51,22 @@ void for_blocks(int64_t blocks, int64_t elements, bool backwards, const Body& bo
 // costs two reads.
 template <class T>
 class Scratch {
-  static constexpr std::align_val_t line{64};
+  static constexpr uintptr_t line = 64;
   struct Free {
-    void operator()(T* data) const { ::operator delete(data, line); }
+    void operator()(void* data) const { std::free(data); }
   };
 
  public:
-  explicit Scratch(int64_t count) : data_(static_cast<T*>(::operator new(sizeof(T) * (count > 0 ? count : 1), line))) {}
-  T* get() const { return data_.get(); }
-  T& operator[](int64_t i) const { return data_.get()[i]; }
+  explicit Scratch(int64_t count) {
+    if (count <= 0) return;
+    memory_.reset(std::malloc(sizeof(T) * count + line));  // aligned_alloc takes several times as long
+    if (!memory_) throw std::bad_alloc();
+    data_ = reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(memory_.get()) + line - 1) & ~(line - 1));
+  }
+  T* get() const { return data_; }
+  T& operator[](int64_t i) const { return data_[i]; }
 
  private:
-  std::unique_ptr<T, Free> data_;
+  std::unique_ptr<void, Free> memory_;
+  T* data_ = nullptr;
 };

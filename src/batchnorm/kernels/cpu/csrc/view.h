@@ -39,8 +39,9 @@ struct View {
     const int64_t period = std::max<int64_t>(1, c * inner);
     // A multiple of 16 where rows are put side by side, so that they begin where vectors do.
     const int64_t even = 16 / std::gcd<int64_t>(16, period);
-    const int64_t together = std::min((255 / period / even + 1) * even, elements / period);
-    width = period >= 256 ? period : period * std::max<int64_t>(1, together);
+    const int64_t least = elements < 2 * grain ? 32 : 256;  // few elements: as few coefficients to prepare
+    const int64_t together = std::min(((least - 1) / period / even + 1) * even, elements / period);
+    width = period >= least ? period : period * std::max<int64_t>(1, together);
     rows = elements / width;
     tail = elements % width;
   }
