@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.modules.lazy import LazyModuleMixin
 
 
 def reasons(changes) -> dict[str, str]:
@@ -51,3 +52,17 @@ class Residual(nn.Module):
     def forward(self, x):
         x = F.max_pool2d(F.dropout(self.stem(x), 0.0), 2).relu()
         return self.head(torch.flatten(F.adaptive_avg_pool2d(self.blocks(x), 1), 1))
+
+
+def randomize(model: nn.Module) -> nn.Module:
+    """Batch norms as after a training: statistics and parameters that are no identity, γ of either sign."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and not isinstance(module, LazyModuleMixin):
+            if module.running_mean is not None:
+                module.running_mean.normal_()
+                module.running_var.uniform_(0.3, 3)
+            if module.weight is not None:
+                nn.init.normal_(module.weight)
+            if module.bias is not None:
+                nn.init.normal_(module.bias)
+    return model

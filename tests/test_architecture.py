@@ -34,6 +34,7 @@ PUBLIC = [
     "batch_norm",
     "compare",
     "explain_backend",
+    "fold",
     "insert",
     "remove",
     "trace",

@@ -28,6 +28,7 @@ _HOME = {
     "batch_norm": "functional",
     "compare": "comparison",
     "explain_backend": "ops",
+    "fold": "surgery",
     "insert": "surgery",
     "remove": "surgery",
     "trace": "explain",
@@ -57,6 +58,7 @@ if TYPE_CHECKING:
     from batchnorm.nn import LazyBatchNorm2d as LazyBatchNorm2d
     from batchnorm.nn import LazyBatchNorm3d as LazyBatchNorm3d
     from batchnorm.ops import explain_backend as explain_backend
+    from batchnorm.surgery import fold as fold
     from batchnorm.surgery import insert as insert
     from batchnorm.surgery import remove as remove
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from model_packages import package
+from surgery_helpers import randomize
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -134,3 +135,46 @@ def test_timm(name: str, removed: int, skipped: int) -> None:
     assert torch.isfinite(changes.model.eval()(x)).all()
     if skipped:
         torch.testing.assert_close(changes.model(x), model.eval()(x))
+
+
+def _trained(model: nn.Module, size: int = 64) -> nn.Module:
+    """Batch norms with statistics that fit and parameters of either sign."""
+    x = torch.randn(8, 3, size, size)
+    randomize(model)
+    for module in model.modules():
+        if isinstance(module, _BatchNorm):
+            module.momentum = 1.0
+    with torch.no_grad():
+        model.train()(x)
+    return model.double().eval()
+
+
+@pytest.mark.parametrize(
+    ("name", "folded", "left"),
+    [
+        ("resnet18", 20, 0),
+        ("resnet50", 53, 0),
+        ("mobilenet_v2", 52, 0),
+        ("mobilenet_v3_small", 34, 0),
+        ("efficientnet_b0", 49, 0),
+        ("shufflenet_v2_x0_5", 56, 0),
+        ("regnet_y_400mf", 53, 0),
+        ("mnasnet0_5", 52, 0),
+        ("vgg11_bn", 8, 0),
+        # Batch norm, relu, convolution: only those behind a convolution alone can go.
+        ("densenet121", 59, 62),
+        ("googlenet", 57, 0),
+        ("inception_v3", 94, 0),
+    ],
+)
+def test_fold_torchvision(name: str, folded: int, left: int) -> None:
+    options = {"init_weights": False, "aux_logits": False} if name in ("googlenet", "inception_v3") else {}
+    size = 96 if name == "inception_v3" else 64
+    model = _trained(_torchvision(name, **options), size)
+    x = torch.randn(2, 3, size, size, dtype=torch.float64)
+    with torch.no_grad():
+        before = model(x)
+        changes = batchnorm.fold(model)
+        assert (len(changes.changed), len(changes.skipped), changes.notes) == (folded, left, ())
+        torch.testing.assert_close(changes.model(x), before, rtol=1e-9, atol=1e-9 * float(before.abs().max()))
+    assert len(batchnorm.fold(model.float(), x.float()).changed) == folded

@@ -1,6 +1,7 @@
 """Operations that change which layers a network has."""
 
+from batchnorm.surgery._fold import fold
 from batchnorm.surgery._insert import insert
 from batchnorm.surgery._remove import remove
 
-__all__ = ["insert", "remove"]
+__all__ = ["fold", "insert", "remove"]

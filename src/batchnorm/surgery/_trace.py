@@ -5,7 +5,7 @@ import functools
 import inspect
 import random
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +15,9 @@ from torch import fx, nn
 from batchnorm._errors import ModelError, message
 from batchnorm._walk import Changes, Plan, copied, walk
 from batchnorm.surgery import _kinds as kinds
-from batchnorm.surgery._unnormalized import Unnormalized
+from batchnorm.surgery._unnormalized import Rows, Unnormalized
 
-__all__ = ["Traced", "Untraceable", "apply_checked", "trace"]
+__all__ = ["Traced", "Untraceable", "apply_checked", "optional", "trace", "trace_parts"]
 
 
 # What wraps a model without changing what it computes, and the name under which it holds it.
@@ -40,15 +40,23 @@ class _Tracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         unit = kinds.is_producer(m) or kinds.is_norm(m) or kinds.is_activation(m) or kinds.is_passing(m)
-        return unit or isinstance(m, Unnormalized) or super().is_leaf_module(m, module_qualified_name)
+        return unit or isinstance(m, Unnormalized | Rows) or super().is_leaf_module(m, module_qualified_name)
 
 
 @dataclass(frozen=True, eq=False)
 class Traced:
-    """The graph of a model's forward, with the model's own modules in the place of their names."""
+    """The graph of a model's forward, with the model's own modules in the place of their names.
+
+    `part` names the module whose forward it is ("" for the model's own); `training` and `given` are those of `trace`.
+    `stored` holds the values that the forward leaves behind as attributes of modules.
+    """
 
     graph: fx.Graph
     modules: dict[str, nn.Module]
+    part: str = ""
+    training: bool | None = True
+    given: Mapping[str, Any] | None = None
+    stored: frozenset[fx.Node] = frozenset()
 
     def module(self, node: object) -> nn.Module | None:
         """The layer that a node calls, None if it calls none."""
@@ -75,21 +83,30 @@ class Traced:
         return sorted({name for owner, _, name in read if self.modules.get(owner) is module})
 
 
-def _defaults(forward: Callable[..., Any]) -> dict[str, Any]:
-    """Optional arguments take their defaults: traced as tensors, every `if mask is not None` would be taken."""
+def optional(forward: Callable[..., Any]) -> dict[str, Any]:
+    """The arguments that a forward can do without, and their defaults."""
     named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     parameters = inspect.signature(forward).parameters.values()
     return {p.name: p.default for p in parameters if p.kind in named and p.default is not p.empty}
 
 
-def _scratch(model: nn.Module) -> nn.Module:
-    """A copy that shares the parameters: forward may leave traces of its own on the modules it runs through.
+def _fixed(forward: Callable[..., Any], given: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The arguments that are not followed as tensors: traced as one, `if mask is not None` would be taken."""
+    fixed = optional(forward)
+    for name, value in (given or {}).items():
+        if value is None or isinstance(value, bool | int | float | str):
+            fixed[name] = value
+        else:
+            fixed.pop(name, None)
+    return fixed
 
-    In training mode, so that branches of training only are seen too.
-    """
+
+def _scratch(model: nn.Module, training: bool | None) -> nn.Module:
+    """A copy that shares the parameters: forward may leave traces of its own on the modules it runs through."""
     scratch = copied(model, share_parameters=True)
-    for module in scratch.modules():
-        module.training = True
+    if training is not None:
+        for module in scratch.modules():
+            module.training = training
     return scratch
 
 
@@ -105,21 +122,37 @@ def _undisturbed() -> Iterator[None]:
         random.setstate(state)
 
 
-def trace(model: nn.Module) -> Traced:
+def trace(
+    model: nn.Module,
+    *,
+    training: bool | None = True,
+    given: Mapping[str, Any] | None = None,
+    part: str = "",
+) -> Traced:
     """Follow the model's forward; a compiled or data-parallel model's is that of the model inside.
+
+    Args:
+        model: any module.
+        training: the mode of all its modules; by default training, so that branches of training are seen. None: each
+            module's own.
+        given: what the arguments of forward are in a call, by name. Others have their defaults.
+        part: follow the forward of the module of this name instead.
 
     Raises:
         Untraceable: it branches on values, creates modules on the way, or does something else on proxies that
             only works on tensors.
     """
     modules = {name: spot.module for spot in walk(model) for name in spot.names}
-    wrapped = _WRAPPERS.get(type(model).__name__, "")
-    prefix = f"{wrapped}." if wrapped in model._modules else ""
+    wrapped = "" if part else _WRAPPERS.get(type(model).__name__, "")
+    name = wrapped if wrapped in model._modules else part
+    prefix = f"{name}." if name else ""
+    if "forward" in vars(modules[name]):
+        raise Untraceable("its forward was replaced on the object, where torch.fx does not look")
     scratch: nn.Module | None = None
     try:
         with _undisturbed():
-            scratch = _scratch(modules[prefix.rstrip(".")])
-            graph = _Tracer().trace(scratch, concrete_args=_defaults(scratch.forward) or None)
+            scratch = _scratch(modules[name], training)
+            graph = _Tracer().trace(scratch, concrete_args=_fixed(scratch.forward, given) or None)
     except Exception as error:  # forward is any code at all, so it may fail on proxies in any way
         raise Untraceable(_first_sentence(error), _reader(error, scratch, prefix)) from error
     for node in graph.nodes:
@@ -127,7 +160,64 @@ def trace(model: nn.Module) -> Traced:
             node.target = prefix + str(node.target)
             if node.op == "call_module" and node.target not in modules:
                 raise Untraceable(f"forward creates the module {node.target}")
-    return Traced(graph, modules)
+    return Traced(graph, modules, part, training, given, frozenset(_stored(scratch)))
+
+
+def _stored(scratch: nn.Module) -> Iterator[fx.Node]:
+    """The values that a traced forward has put on its modules."""
+    values = [value for module in scratch.modules() for value in vars(module).values()]
+    while values:
+        value = values.pop()
+        if isinstance(value, fx.Proxy):
+            yield value.node
+        elif type(value) in (list, tuple):
+            values += value
+        elif type(value) is dict:
+            values += value.values()
+
+
+def trace_parts(
+    model: nn.Module,
+    wanted: Callable[[nn.Module], bool],
+    *,
+    training: bool | None = None,
+    given: Mapping[str, Any] | None = None,
+) -> tuple[tuple[Traced, ...], str]:
+    """The model's forward, or where it cannot be followed those of the largest parts whose forward can.
+
+    Only parts that hold a module that is `wanted`, and that are called with all the arguments they have: an optional
+    one may be given by the caller. The text says why the whole could not be followed.
+    """
+    if not any(wanted(module) for module in model.modules()):
+        return (), ""
+    try:
+        return (trace(model, training=training, given=given),), ""
+    except Untraceable as error:
+        problem = str(error)
+    found: list[Traced] = []
+    seen: set[int] = set()
+
+    def descend(module: nn.Module, name: str) -> None:
+        for key, child in module._modules.items():
+            if child is None or id(child) in seen or not any(wanted(each) for each in child.modules()):
+                continue
+            seen.add(id(child))
+            part = f"{name}.{key}" if name else key
+            if child._modules and _only_required(child):
+                with contextlib.suppress(Untraceable):
+                    found.append(trace(model, training=training, part=part))
+                    seen.update(id(each) for each in child.modules())
+                    continue
+            descend(child, part)
+
+    descend(model, "")
+    return tuple(found), problem
+
+
+def _only_required(module: nn.Module) -> bool:
+    kinds = {p.kind for p in inspect.signature(module.forward).parameters.values()}
+    open_ended = {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}
+    return not (optional(module.forward) or kinds & open_ended)
 
 
 def _first_sentence(error: Exception) -> str:
@@ -143,19 +233,24 @@ def _reader(error: Exception, scratch: nn.Module | None, prefix: str) -> tuple[s
     return (prefix + found[0], str(error.name)) if found else None
 
 
-def apply_checked(model: nn.Module, traced: Traced | None, make: Callable[[dict[str, str]], Plan]) -> Changes:
+def apply_checked(
+    model: nn.Module, traced: Traced | Sequence[Traced] | None, make: Callable[[dict[str, str]], Plan]
+) -> Changes:
     """Carry a plan out and follow the forward again; leave out what it does not run with.
 
     A forward may read `self.conv.out_channels`, which the replacement of `conv` does not have, or call a layer only
     if it is an `nn.Conv2d`. `make` gets the names that must not be replaced, each with the reason.
     """
+    parts = (traced,) if isinstance(traced, Traced) else tuple(traced or ())
     kept: dict[str, str] = {}
     while True:
         changes = make(dict(kept)).apply()
-        if traced is None or not changes.changed:
+        if not changes.changed:
             return changes
         try:
-            found = _not_run_with(changes, traced)
+            found: dict[str, str] = {}
+            for part in parts:
+                found.update(_not_run_with(changes, part))
         except BaseException:
             changes.revert()
             raise
@@ -168,7 +263,7 @@ def apply_checked(model: nn.Module, traced: Traced | None, make: Callable[[dict[
 def _not_run_with(changes: Changes, before: Traced) -> dict[str, str]:
     """The replaced layers that the forward does not accept in their new form, each with the reason."""
     try:
-        after = trace(changes.model)
+        after = trace(changes.model, training=before.training, given=before.given, part=before.part)
     except Untraceable as error:
         replaced = {name for change in changes.changed for name in (change.name, *change.also)}
         if error.reader is None or error.reader[0] not in replaced:
