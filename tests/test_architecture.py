@@ -35,6 +35,7 @@ PUBLIC = [
     "compare",
     "explain_backend",
     "fold",
+    "fuse",
     "insert",
     "remove",
     "trace",

@@ -29,6 +29,7 @@ _HOME = {
     "compare": "comparison",
     "explain_backend": "ops",
     "fold": "surgery",
+    "fuse": "surgery",
     "insert": "surgery",
     "remove": "surgery",
     "trace": "explain",
@@ -59,6 +60,7 @@ if TYPE_CHECKING:
     from batchnorm.nn import LazyBatchNorm3d as LazyBatchNorm3d
     from batchnorm.ops import explain_backend as explain_backend
     from batchnorm.surgery import fold as fold
+    from batchnorm.surgery import fuse as fuse
     from batchnorm.surgery import insert as insert
     from batchnorm.surgery import remove as remove
 

@@ -208,7 +208,7 @@ class _Edit:
 
     def _put(self, value: Any) -> None:
         if self.table == "__class__":
-            self.owner.__class__ = value
+            object.__setattr__(self.owner, "__class__", value)
         elif self.table == "requires_grad":
             getattr(self.owner, self.key).requires_grad_(value)
         elif value is _MISSING:
@@ -359,10 +359,6 @@ class Plan:
         for owner, key in spot.places:
             self._edits.append(_Edit(owner, "_modules", key, spot.module, new))
         self._replaced.append((spot, new, note))
-
-    def replace_at(self, owner: nn.Module, key: str, new: nn.Module) -> None:
-        """Put `new` in this one place, whatever other places hold the module that stands there."""
-        self._edits.append(_Edit(owner, "_modules", key, owner._modules[key], new))
 
     def set_parameter(self, module: nn.Module, name: str, value: nn.Parameter | None) -> None:
         """Give the module this parameter in place of the one (or the None) that it has."""

@@ -2,6 +2,7 @@
 
 import typing
 from collections import Counter
+from collections.abc import Container
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -14,7 +15,7 @@ from batchnorm.surgery import _kinds as kinds
 from batchnorm.surgery._links import layer_input
 from batchnorm.surgery._trace import Traced
 
-__all__ = ["has_more", "outside", "unfit_norm", "unfit_pair", "unfit_producer"]
+__all__ = ["has_more", "outside", "unconvertible", "unfit_norm", "unfit_pair", "unfit_producer"]
 
 _PRODUCERS = typing.get_args(kinds.Producer)
 _RANKS = {nn.BatchNorm1d: (0, 1), nn.BatchNorm2d: (2,), nn.BatchNorm3d: (3,)}
@@ -106,3 +107,17 @@ def unfit_pair(layer: nn.Module, norm: nn.Module, dimensions: int, rank: set[int
             return "its input has more than two axes: a linear layer has its channels on the last, batch norm on axis 1"
         return f"{type(layer).__name__} is called without a batch axis, so batch norm takes another axis for channels"
     return ""
+
+
+def unconvertible(module: nn.Module, classes: Container[type[nn.Module]]) -> str:
+    """Why a batch norm cannot become one of another class; "" if its own class is one of those that can."""
+    name = type(module).__name__
+    if type(module) in classes:
+        return "its forward was replaced on the object" if "forward" in vars(module) else ""
+    if parametrize.is_parametrized(module):
+        return "its parameters are computed from others (a parametrization)"
+    if isinstance(module, LazyModuleMixin):
+        return "its shape is not known yet: run one batch through the model first"
+    if type(module) is nn.SyncBatchNorm:
+        return "it is synchronized: its statistics are those of all processes"
+    return f"{name} is a class of its own, which may do more than normalize"

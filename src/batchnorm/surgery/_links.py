@@ -1,6 +1,5 @@
 """Which layers are joined by nothing else: everything that one gives goes to the other."""
 
-from collections.abc import Callable
 from typing import Any
 
 from torch import fx, nn
@@ -9,6 +8,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from batchnorm.surgery import _kinds as kinds
 from batchnorm.surgery._trace import Traced
+from batchnorm.surgery._unnormalized import matched
 
 __all__ = ["Links", "called", "layer_input"]
 
@@ -54,7 +54,7 @@ class Links:
         """Who reads a value, readers of its shape aside; a reader that has it twice is there twice."""
         found: list[fx.Node] = []
         for user in node.users:
-            if _reads_shape(user):
+            if _reads_shape(user, node):
                 continue
             if self._passes(user) and layer_input(user) is node:
                 found += self.sinks(user)
@@ -77,6 +77,8 @@ class Links:
             layer = self.traced.module(node)
             if layer is None:
                 return None, f"{called(node, layer)} comes before it"
+            if self.traced.through_hooks(node, call):
+                return None, "its input passes a hook of the module that one of the two stands in"
             if found is not None and layer is not found:
                 return None, "it is called behind several layers"
             found = layer
@@ -113,6 +115,8 @@ class Links:
                 layer = self.traced.module(sink)
                 if layer is None:
                     return [], f"it feeds {called(sink, layer)}"
+                if self.traced.through_hooks(call, sink):
+                    return [], "its output passes a hook of the module that one of the two stands in"
                 if self.source(layer_input(sink)) is not call or sinks.count(sink) > 1:
                     return [], f"{called(sink, layer)} does not have it as its input alone"
                 if all(layer is not each for each in layers):
@@ -148,8 +152,11 @@ def _count(user: fx.Node, node: fx.Node) -> int:
     return times
 
 
-def _reads_shape(node: fx.Node) -> bool:
-    if node.op == "call_method":
-        return node.target in kinds.SHAPE_METHODS
-    reads: tuple[Callable[..., Any], ...] = (getattr,)
-    return node.op == "call_function" and node.target in reads and node.args[1] in _SHAPE_ATTRIBUTES
+def _reads_shape(user: fx.Node, node: fx.Node) -> bool:
+    if user.op == "call_method":
+        return user.target in kinds.SHAPE_METHODS
+    if user.op != "call_function":
+        return False
+    if user.target is matched:
+        return user.args[0] is not node
+    return user.target is getattr and user.args[1] in _SHAPE_ATTRIBUTES

@@ -3,21 +3,23 @@
 import contextlib
 import functools
 import inspect
+import operator
 import random
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import fx, nn
 
 from batchnorm._errors import ModelError, message
-from batchnorm._walk import Changes, Plan, copied, walk
+from batchnorm._walk import Changes, Plan, copied, hooks_of, walk
 from batchnorm.surgery import _kinds as kinds
 from batchnorm.surgery._unnormalized import Rows, Unnormalized
 
-__all__ = ["Traced", "Untraceable", "apply_checked", "optional", "trace", "trace_parts"]
+__all__ = ["Traced", "Untraceable", "apply_checked", "follow", "optional", "trace", "trace_parts"]
 
 
 # What wraps a model without changing what it computes, and the name under which it holds it.
@@ -35,20 +37,58 @@ class Untraceable(Exception):  # noqa: N818 - a finding that callers handle, not
         self.reader = reader
 
 
+class _Proxy(fx.Proxy):
+    """Records `x += y` as what it is; fx's own takes it for `x = x + y`, which leaves the first x as it was."""
+
+    def _record(self, function: Callable[..., Any], other: object) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", function, (self, other), {})
+
+
+for _name in (
+    "iadd",
+    "isub",
+    "imul",
+    "itruediv",
+    "ifloordiv",
+    "imod",
+    "ipow",
+    "iand",
+    "ior",
+    "ixor",
+    "imatmul",
+):
+    setattr(_Proxy, f"__{_name}__", functools.partialmethod(_Proxy._record, getattr(operator, _name)))
+
+
 class _Tracer(fx.Tracer):
     """Looks into every module but torch's own and those that are a unit here, whatever package they come from."""
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         unit = kinds.is_producer(m) or kinds.is_norm(m) or kinds.is_activation(m) or kinds.is_passing(m)
         return unit or isinstance(m, Unnormalized | Rows) or super().is_leaf_module(m, module_qualified_name)
 
 
+class _LevelTracer(_Tracer):
+    """Looks into the modules of these names alone."""
+
+    def __init__(self, inside: Sequence[str]) -> None:
+        super().__init__()
+        self.inside = frozenset(inside)
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return module_qualified_name not in self.inside
+
+
 @dataclass(frozen=True, eq=False)
 class Traced:
     """The graph of a model's forward, with the model's own modules in the place of their names.
 
-    `part` names the module whose forward it is ("" for the model's own); `training` and `given` are those of `trace`.
-    `stored` holds the values that the forward leaves behind as attributes of modules.
+    `part` names the module whose forward it is ("" for the model's own), `root` the one that a wrapper holds in its
+    place; `hooked` the modules, as in the nodes' frames, whose hooks may change what enters or leaves them; `training`
+    and `given` are those of `trace`. `stored` holds the values that the forward leaves behind as attributes.
     """
 
     graph: fx.Graph
@@ -57,6 +97,8 @@ class Traced:
     training: bool | None = True
     given: Mapping[str, Any] | None = None
     stored: frozenset[fx.Node] = frozenset()
+    root: str = ""
+    hooked: frozenset[str] = frozenset()
 
     def module(self, node: object) -> nn.Module | None:
         """The layer that a node calls, None if it calls none."""
@@ -76,6 +118,16 @@ class Traced:
     def calls(self, module: nn.Module) -> list[fx.Node]:
         """The nodes that call this module."""
         return self._calls.get(id(module), [])
+
+    @staticmethod
+    def frame(node: fx.Node) -> tuple[str, ...]:
+        """The names of the modules whose forwards are running where a call is made, from the outside in."""
+        names = [name for name, _ in node.meta.get("nn_module_stack", {}).values()]
+        return tuple(names[:-1] if node.op == "call_module" else names)
+
+    def through_hooks(self, node: fx.Node, user: fx.Node) -> bool:
+        """Whether a value passes hooks between two nodes: it enters or leaves a module that carries some."""
+        return bool(self.hooked and self.hooked & (set(self.frame(node)) ^ set(self.frame(user))))
 
     def read_directly(self, module: nn.Module) -> list[str]:
         """The parameters and buffers of this module that the model reads without calling it."""
@@ -104,9 +156,12 @@ def _fixed(forward: Callable[..., Any], given: Mapping[str, Any] | None) -> dict
 def _scratch(model: nn.Module, training: bool | None) -> nn.Module:
     """A copy that shares the parameters: forward may leave traces of its own on the modules it runs through."""
     scratch = copied(model, share_parameters=True)
-    if training is not None:
-        for module in scratch.modules():
+    for module in scratch.modules():
+        if training is not None:
             module.training = training
+        # Hooks are the user's code, for tensors: they are not run on what only stands for one.
+        for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
+            getattr(module, hooks).clear()
     return scratch
 
 
@@ -146,6 +201,9 @@ def trace(
     wrapped = "" if part else _WRAPPERS.get(type(model).__name__, "")
     name = wrapped if wrapped in model._modules else part
     prefix = f"{name}." if name else ""
+    hooked = frozenset(
+        key for key, module in modules[name].named_modules(remove_duplicate=False) if key and hooks_of(module)
+    )
     if "forward" in vars(modules[name]):
         raise Untraceable("its forward was replaced on the object, where torch.fx does not look")
     scratch: nn.Module | None = None
@@ -160,7 +218,7 @@ def trace(
             node.target = prefix + str(node.target)
             if node.op == "call_module" and node.target not in modules:
                 raise Untraceable(f"forward creates the module {node.target}")
-    return Traced(graph, modules, part, training, given, frozenset(_stored(scratch)))
+    return Traced(graph, modules, part, training, given, frozenset(_stored(scratch)), name, hooked)
 
 
 def _stored(scratch: nn.Module) -> Iterator[fx.Node]:
@@ -174,6 +232,50 @@ def _stored(scratch: nn.Module) -> Iterator[fx.Node]:
             values += value
         elif type(value) is dict:
             values += value.values()
+
+
+def follow(module: nn.Module, inside: Sequence[str], *, training: bool) -> Traced:
+    """The forward of one module, whose children are called and not looked into, those named in `inside` excepted.
+
+    Raises:
+        Untraceable: it cannot be followed, or does more than the graph could do again: draws random numbers or makes
+            tensors on the way, keeps values, changes attributes.
+    """
+    modules = {name: spot.module for spot in walk(module) for name in spot.names}
+    scratch = _scratch(module, training)
+    before = _plain(scratch, inside)
+    try:
+        with _undisturbed():
+            drawn = _draws()
+            graph = _LevelTracer(inside).trace(scratch)
+            random_numbers = drawn != _draws()
+    except Exception as error:  # forward is any code at all
+        raise Untraceable(_first_sentence(error)) from error
+    if random_numbers:
+        raise Untraceable("it draws random numbers")
+    if any(_stored(scratch)) or _plain(scratch, inside) != before:
+        raise Untraceable("it changes attributes")
+    held = {name for name, _ in (*module.named_parameters(remove_duplicate=False),)}
+    held |= {name for name, _ in module.named_buffers(remove_duplicate=False)}
+    for node in graph.nodes:
+        if node.op == "get_attr" and node.target not in held:
+            raise Untraceable("it makes tensors on the way")
+        if node.op == "call_module" and node.target not in modules:
+            raise Untraceable(f"it creates the module {node.target}")
+    return Traced(graph, modules, training=training)
+
+
+def _draws() -> tuple[object, bytes, bytes]:
+    """The states of the random generators."""
+    generator = np.random.get_state(legacy=False)["state"]
+    return random.getstate(), torch.get_rng_state().numpy().tobytes(), repr(generator).encode()
+
+
+def _plain(scratch: nn.Module, inside: Sequence[str]) -> list[tuple[str, object]]:
+    """The attributes of plain kinds on the modules whose forwards are followed."""
+    plain = (bool, int, float, str, type(None))
+    modules = [scratch, *(scratch.get_submodule(name) for name in inside)]
+    return [(key, value) for each in modules for key, value in vars(each).items() if isinstance(value, plain)]
 
 
 def trace_parts(
@@ -280,6 +382,8 @@ def _not_run_with(changes: Changes, before: Traced) -> dict[str, str]:
     ignored = {}
     for change in changes.changed:
         old, new = before.modules[change.name], after.modules[change.name]
+        if new is not old and after.calls(old):
+            continue  # it was replaced in one of its places only
         last = new[-1] if isinstance(new, nn.Sequential) else new
         if len(after.calls(last)) != len(before.calls(old)):
             ignored[change.name] = "the model decides by the type of a layer whether to call it"

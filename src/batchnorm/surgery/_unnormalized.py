@@ -9,13 +9,14 @@ from torch import Tensor, nn
 from batchnorm._activations import activation_named
 from batchnorm._errors import InputError, message
 
-__all__ = ["Rows", "Unnormalized", "activation_layer", "rows", "shielded"]
+__all__ = ["Rows", "Unnormalized", "activation_layer", "matched", "rows", "shielded"]
 
 
 # torch.fx does not look into them: shapes and choices are known in a real call only.
 torch.fx.wrap("shielded")
 torch.fx.wrap("placed")
 torch.fx.wrap("rows")
+torch.fx.wrap("matched")
 
 
 def shielded(output: Tensor, mask: Tensor) -> Tensor:
@@ -86,6 +87,23 @@ def rows(input: Tensor) -> Tensor:
             )
         )
     return input
+
+
+def matched(residual: Tensor, input: Tensor) -> Tensor:
+    """What is added to a layer's output, in the shape of its input."""
+    if residual.shape == input.shape:
+        return residual
+    try:
+        return residual.expand(input.shape)
+    except RuntimeError:
+        raise InputError(
+            message(
+                "an addition that batchnorm.fuse took into a batch norm",
+                got=f"{tuple(residual.shape)} added to {tuple(input.shape)}",
+                expected="a sum with the shape of the batch norm's output",
+                fix="Revert the fusion, or fuse the model without this block.",
+            )
+        ) from None
 
 
 class Rows(nn.Module):
