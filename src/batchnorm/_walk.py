@@ -377,6 +377,10 @@ class Plan:
         """Give the module this plain attribute."""
         self._edits.append(_Edit(module, "__dict__", name, vars(module).get(name, _MISSING), value))
 
+    def drop_attribute(self, module: nn.Module, name: str) -> None:
+        """Take this plain attribute away from the module."""
+        self._edits.append(_Edit(module, "__dict__", name, vars(module)[name], _MISSING))
+
     def set_class(self, module: nn.Module, cls: type[nn.Module]) -> None:
         """Make the very module an object of this class: hooks, parameters and all that refers to it stay."""
         self._edits.append(_Edit(module, "__class__", "", type(module), cls))
