@@ -287,3 +287,27 @@ def test_autocast_and_half_types() -> None:
         torch.testing.assert_close(fused(X).float(), net(X).float(), rtol=0.05, atol=0.05)
     half, fused = copy.deepcopy(net).bfloat16(), fused.bfloat16()
     torch.testing.assert_close(fused(X.bfloat16()), half(X.bfloat16()), rtol=0.05, atol=0.05)
+
+
+def test_wrapped_models_and_graphs() -> None:
+    class Model(nn.Sequential):
+        pass
+
+    def made() -> nn.Module:
+        return randomize(Model(Inverted(), nn.BatchNorm2d(3), nn.ReLU()))
+
+    wrapped = nn.DataParallel(made())
+    changes = batchnorm.fuse(wrapped)
+    assert notes(changes)["module.0.body.3.1"] == "takes the addition in the forward of module.0"
+    assert notes(changes)["module.1"] == "takes its activation"
+    torch.testing.assert_close(changes.model(X), copy.deepcopy(wrapped)(X))
+    compiled = torch.compile(made(), backend="eager")
+    changes = batchnorm.fuse(compiled)
+    assert notes(changes)["_orig_mod.0.body.3.1"] == "takes the addition in the forward of _orig_mod.0"
+    torch.testing.assert_close(changes.model(X), compiled(X))
+    graph = torch.fx.symbolic_trace(made())
+    changes = batchnorm.fuse(graph)
+    found = notes(changes)
+    assert found["0.body.3.1"] == "its forward is a graph, which makes its own code"
+    assert found["1"] == "takes its activation"
+    torch.testing.assert_close(copy.deepcopy(changes.model)(X), copy.deepcopy(graph)(X))

@@ -80,6 +80,8 @@ def unfit(module: nn.Module) -> str:
     name = type(module).__name__
     if isinstance(module, Rewritten):
         return f"the forward of {name} has been written anew before"
+    if isinstance(module, fx.GraphModule):
+        return "its forward is a graph, which makes its own code"
     if isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward:
         return f"{name} runs its layers in a row, and this one is shared"
     if "forward" in vars(module):
