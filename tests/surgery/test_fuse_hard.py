@@ -162,6 +162,11 @@ def test_shapes_of_what_is_added() -> None:
             y = self.bn(self.conv(x))
             return F.relu(y + x.reshape(y.shape)).reshape(y.shape[0], -1)
 
+    class Scaled(Base):
+        def forward(self, x):
+            return F.relu(torch.add(self.bn(self.conv(x)), x, alpha=2))
+
+    assert "more than add two values" in left(Scaled)
     found = notes(check(Smaller(), X))
     assert found["bn"] == "takes the addition and the activation in the forward of the model"
     assert "pooled" in left(Larger)
