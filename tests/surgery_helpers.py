@@ -1,8 +1,13 @@
 """What the tests of `insert` share: reading a result, one training step, a residual network."""
 
+import copy
+
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.modules.lazy import LazyModuleMixin
+
+import batchnorm
 
 
 def reasons(changes) -> dict[str, str]:
@@ -51,3 +56,61 @@ class Residual(nn.Module):
     def forward(self, x):
         x = F.max_pool2d(F.dropout(self.stem(x), 0.0), 2).relu()
         return self.head(torch.flatten(F.adaptive_avg_pool2d(self.blocks(x), 1), 1))
+
+
+def randomize(model: nn.Module) -> nn.Module:
+    """Batch norms as after a training: statistics and parameters that are no identity, γ of either sign."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and not isinstance(module, LazyModuleMixin):
+            if module.running_mean is not None:
+                module.running_mean.normal_()
+                module.running_var.uniform_(0.3, 3)
+            if module.weight is not None:
+                nn.init.normal_(module.weight)
+            if module.bias is not None:
+                nn.init.normal_(module.bias)
+    return model
+
+
+def notes(changes: batchnorm.Changes) -> dict[str, str]:
+    return {change.name: change.note for change in changes.changed}
+
+
+def steps(model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
+    """Output and gradients of a training step, the buffers after it, and the output in evaluation."""
+    x = x.clone().requires_grad_()
+    torch.manual_seed(5)
+    y = model.train()(x)
+    (y * torch.randn_like(y)).sum().backward()
+    grads = [p.grad for p in model.parameters()]
+    assert all(grad is not None for grad in grads)
+    found = [y, x.grad, *grads, *(buffer.double() for buffer in model.buffers())]
+    with torch.no_grad():
+        found.append(model.eval()(x))
+    model.zero_grad()
+    return [each.detach().clone() for each in found]
+
+
+def check_fused(model: nn.Module, x: torch.Tensor, *, inplace: bool = False) -> batchnorm.Changes:
+    """The fused model computes what the model computes, has its names and its parameters, and can be taken back."""
+    model = randomize(model).double()
+    x = x.double()
+    plain = copy.deepcopy(model)
+    keys, tree = list(model.state_dict()), [name for name, _ in model.named_modules(remove_duplicate=False)]
+    changes = batchnorm.fuse(model, inplace=inplace)
+    fused = changes.model
+    assert (fused is model) == inplace
+    assert list(fused.state_dict()) == keys
+    assert [name for name, _ in fused.named_modules(remove_duplicate=False)] == tree
+    assert isinstance(fused, type(plain))
+    expected = steps(copy.deepcopy(plain), x)
+    for each in (fused, copy.deepcopy(fused)):
+        for actual, wanted in zip(steps(each, x), expected, strict=True):
+            torch.testing.assert_close(actual, wanted, rtol=1e-10, atol=1e-11)
+        each.load_state_dict(plain.state_dict())
+    before = [type(module) for module in plain.modules()]
+    assert [type(module) for module in changes.revert().modules()] == before
+    for actual, wanted in zip(steps(changes.revert(), x), expected, strict=True):
+        torch.testing.assert_close(actual, wanted, rtol=1e-10, atol=1e-11)
+    changes.model.load_state_dict(plain.state_dict())
+    return batchnorm.fuse(changes.model, inplace=inplace)

@@ -31,12 +31,18 @@ PUBLIC = [
     "OutputError",
     "Trace",
     "__version__",
+    "absorb_bias",
     "batch_norm",
     "compare",
+    "convert",
     "explain_backend",
+    "fold",
+    "freeze",
+    "fuse",
     "insert",
     "remove",
     "trace",
+    "unfreeze",
 ]
 
 

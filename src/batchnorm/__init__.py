@@ -25,12 +25,18 @@ _HOME = {
     "ModelError": "_errors",
     "OutputError": "_errors",
     "Trace": "explain",
+    "absorb_bias": "surgery",
     "batch_norm": "functional",
     "compare": "comparison",
+    "convert": "surgery",
     "explain_backend": "ops",
+    "fold": "surgery",
+    "freeze": "surgery",
+    "fuse": "surgery",
     "insert": "surgery",
     "remove": "surgery",
     "trace": "explain",
+    "unfreeze": "surgery",
 }
 
 __all__ = ["__version__", *_HOME]  # noqa: PLE0604 - the dictionary's keys are strings
@@ -57,8 +63,14 @@ if TYPE_CHECKING:
     from batchnorm.nn import LazyBatchNorm2d as LazyBatchNorm2d
     from batchnorm.nn import LazyBatchNorm3d as LazyBatchNorm3d
     from batchnorm.ops import explain_backend as explain_backend
+    from batchnorm.surgery import absorb_bias as absorb_bias
+    from batchnorm.surgery import convert as convert
+    from batchnorm.surgery import fold as fold
+    from batchnorm.surgery import freeze as freeze
+    from batchnorm.surgery import fuse as fuse
     from batchnorm.surgery import insert as insert
     from batchnorm.surgery import remove as remove
+    from batchnorm.surgery import unfreeze as unfreeze
 
 
 def __getattr__(name: str) -> object:

@@ -173,28 +173,48 @@ class Skipped:
     also: tuple[str, ...] = ()
 
 
+_MISSING: Any = object()  # no entry at all: before an edit that adds one
+
+
 @dataclass(frozen=True, eq=False)
 class _Edit:
-    """One entry of a module's `_modules` or `_parameters`, before and after."""
+    """One thing about a module, before and after: an entry of one of its tables, a flag of a parameter, its class."""
 
     owner: nn.Module
-    table: Literal["_modules", "_parameters"]
+    table: Literal["_modules", "_parameters", "_buffers", "__dict__", "requires_grad", "__class__"]
     key: str
-    old: nn.Module | nn.Parameter | None
-    new: nn.Module | nn.Parameter | None
+    old: Any
+    new: Any
 
     def make(self) -> None:
-        getattr(self.owner, self.table)[self.key] = self.new
+        self._put(self.new)
 
     def undo(self) -> None:
-        getattr(self.owner, self.table)[self.key] = self.old
+        self._put(self.old)
 
     def still_there(self) -> bool:
-        now = getattr(self.owner, self.table).get(self.key)
-        if self.table == "_modules":
-            return now is self.new
-        # Moving a model to a device may give it new Parameter objects, so their identity says nothing.
-        return (now is None) == (self.new is None)
+        now = self._now()
+        if self.table in ("_parameters", "_buffers"):
+            # Moving a model to a device may give it new tensors, so their identity says nothing.
+            return (now is None) == (self.new is None)
+        return now is self.new
+
+    def _now(self) -> Any:
+        if self.table == "__class__":
+            return type(self.owner)
+        if self.table == "requires_grad":
+            return getattr(self.owner._parameters[self.key], "requires_grad", _MISSING)
+        return getattr(self.owner, self.table).get(self.key, _MISSING)
+
+    def _put(self, value: Any) -> None:
+        if self.table == "__class__":
+            object.__setattr__(self.owner, "__class__", value)
+        elif self.table == "requires_grad":
+            getattr(self.owner, self.key).requires_grad_(value)
+        elif value is _MISSING:
+            getattr(self.owner, self.table).pop(self.key, None)
+        else:
+            getattr(self.owner, self.table)[self.key] = value
 
 
 @dataclass(eq=False)
@@ -343,6 +363,31 @@ class Plan:
     def set_parameter(self, module: nn.Module, name: str, value: nn.Parameter | None) -> None:
         """Give the module this parameter in place of the one (or the None) that it has."""
         self._edits.append(_Edit(module, "_parameters", name, module._parameters[name], value))
+
+    def set_buffer(self, module: nn.Module, name: str, value: torch.Tensor) -> None:
+        """Give the module this buffer in place of the one that it has."""
+        self._edits.append(_Edit(module, "_buffers", name, module._buffers[name], value))
+
+    def set_requires_grad(self, module: nn.Module, name: str, value: bool) -> None:
+        """Whether this parameter of the module is trained."""
+        old = getattr(module, name).requires_grad
+        self._edits.append(_Edit(module, "requires_grad", name, old, value))
+
+    def set_attribute(self, module: nn.Module, name: str, value: object) -> None:
+        """Give the module this plain attribute."""
+        self._edits.append(_Edit(module, "__dict__", name, vars(module).get(name, _MISSING), value))
+
+    def drop_attribute(self, module: nn.Module, name: str) -> None:
+        """Take this plain attribute away from the module."""
+        self._edits.append(_Edit(module, "__dict__", name, vars(module)[name], _MISSING))
+
+    def set_class(self, module: nn.Module, cls: type[nn.Module]) -> None:
+        """Make the very module an object of this class: hooks, parameters and all that refers to it stay."""
+        self._edits.append(_Edit(module, "__class__", "", type(module), cls))
+
+    def alter(self, spot: Spot, *, note: str = "") -> None:
+        """Report the module as changed, which is still the same object."""
+        self._replaced.append((spot, spot.module, note))
 
     def skip(self, spot: Spot, reason: str) -> None:
         """Leave the module alone and say why."""

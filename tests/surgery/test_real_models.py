@@ -6,6 +6,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from model_packages import package
+from surgery_helpers import randomize
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -134,3 +135,111 @@ def test_timm(name: str, removed: int, skipped: int) -> None:
     assert torch.isfinite(changes.model.eval()(x)).all()
     if skipped:
         torch.testing.assert_close(changes.model(x), model.eval()(x))
+
+
+def _trained(model: nn.Module, size: int = 64) -> nn.Module:
+    """Batch norms with statistics that fit and parameters of either sign."""
+    x = torch.randn(8, 3, size, size)
+    randomize(model)
+    for module in model.modules():
+        if isinstance(module, _BatchNorm):
+            module.momentum = 1.0
+    with torch.no_grad():
+        model.train()(x)
+    return model.double().eval()
+
+
+@pytest.mark.parametrize(
+    ("name", "folded", "left"),
+    [
+        ("resnet18", 20, 0),
+        ("resnet50", 53, 0),
+        ("mobilenet_v2", 52, 0),
+        ("mobilenet_v3_small", 34, 0),
+        ("efficientnet_b0", 49, 0),
+        ("shufflenet_v2_x0_5", 56, 0),
+        ("regnet_y_400mf", 53, 0),
+        ("mnasnet0_5", 52, 0),
+        ("vgg11_bn", 8, 0),
+        # Batch norm, relu, convolution: only those behind a convolution alone can go.
+        ("densenet121", 59, 62),
+        ("googlenet", 57, 0),
+        ("inception_v3", 94, 0),
+    ],
+)
+def test_fold_torchvision(name: str, folded: int, left: int) -> None:
+    options = {"init_weights": False, "aux_logits": False} if name in ("googlenet", "inception_v3") else {}
+    size = 96 if name == "inception_v3" else 64
+    model = _trained(_torchvision(name, **options), size)
+    x = torch.randn(2, 3, size, size, dtype=torch.float64)
+    with torch.no_grad():
+        before = model(x)
+        changes = batchnorm.fold(model)
+        assert (len(changes.changed), len(changes.skipped), changes.notes) == (folded, left, ())
+        torch.testing.assert_close(changes.model(x), before, rtol=1e-9, atol=1e-9 * float(before.abs().max()))
+    assert len(batchnorm.fold(model.float(), x.float()).changed) == folded
+
+
+def _step(model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
+    """Output, gradients and buffers of a training step, and the output in evaluation."""
+    torch.manual_seed(0)
+    y = model.train()(x)
+    (y * torch.randn_like(y)).sum().backward()
+    found = [y.detach(), *(p.grad for p in model.parameters()), *(b.double() for b in model.buffers())]
+    with torch.no_grad():
+        return [*found, model.eval()(x)]
+
+
+@pytest.mark.parametrize(
+    ("name", "activations", "additions"),
+    [
+        ("resnet18", 17, 8),
+        ("resnet50", 49, 16),
+        ("mobilenet_v2", 35, 10),
+        ("mobilenet_v3_small", 23, 6),
+        ("regnet_y_400mf", 49, 16),
+        ("densenet121", 121, 0),
+        ("googlenet", 57, 0),
+        ("shufflenet_v2_x0_5", 37, 0),
+        ("vgg11_bn", 8, 0),
+    ],
+)
+def test_fuse_torchvision(name: str, activations: int, additions: int) -> None:
+    options = {"init_weights": False, "aux_logits": False} if name == "googlenet" else {}
+    model = randomize(_torchvision(name, **options)).double()
+    changes = batchnorm.fuse(model)
+    fused = changes.model
+    assert list(fused.state_dict()) == list(model.state_dict())
+    norms = [module for module in fused.modules() if isinstance(module, _BatchNorm)]
+    assert all(isinstance(norm, batchnorm.BatchNorm2d) for norm in norms)
+    assert sum(norm.activation is not None for norm in norms) == activations
+    assert sum(change.note.startswith("takes the addition") for change in changes.changed) == additions
+    x = torch.randn(4, 3, 64, 64, dtype=torch.float64)
+    expected = _step(model, x)
+    # Gradients that are zero but for rounding (of a bias before a batch norm) are compared with the largest one.
+    largest = max(float(p.grad.abs().max()) for p in model.parameters())
+    for actual, wanted in zip(_step(fused, x), expected, strict=True):
+        atol = 1e-10 * max(largest, float(wanted.abs().max()))
+        torch.testing.assert_close(actual, wanted, rtol=1e-7, atol=atol)
+
+
+@pytest.mark.parametrize(
+    "name", ["resnet18", "resnet50", "hrnet_w18_small", "dla34", "vovnet39a", "cspresnet50"]
+)
+def test_fuse_and_fold_timm(name: str) -> None:
+    package("torchvision")
+    create: Callable[..., nn.Module] = package("timm").create_model
+    model = _trained(create(name, pretrained=False))
+    x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    fused = batchnorm.fuse(model)
+    assert list(fused.model.state_dict()) == list(model.state_dict())
+    folded = batchnorm.fold(model, x)
+    again = batchnorm.fold(fused.model, x)
+    with torch.no_grad():
+        expected = model(x)
+        scale = float(expected.abs().max())
+        for each in (fused, folded, again):
+            torch.testing.assert_close(each.model(x), expected, rtol=1e-9, atol=1e-9 * scale)
+    if name.startswith(("resnet", "hrnet", "dla")):
+        assert folded.skipped == again.skipped == ()
+        assert sum("takes" in change.note for change in fused.changed) > 8

@@ -24,9 +24,11 @@ __all__ = [
     "SHAPE_METHODS",
     "Producer",
     "batch_norm_class",
+    "depth",
     "has_own_forward",
     "is_activation",
     "is_batch_norm",
+    "is_drop",
     "is_norm",
     "is_passing",
     "is_producer",
@@ -140,9 +142,14 @@ def is_activation(module: nn.Module) -> bool:
     return isinstance(module, _ACTIVATIONS)
 
 
+def is_drop(module: nn.Module) -> bool:
+    """A layer of another package that drops whole paths or blocks in training and does nothing in evaluation."""
+    return not module._modules and _class_name(module) in _DROP_NAMES
+
+
 def is_passing(module: nn.Module) -> bool:
     """A layer that batch norm may stand before instead of behind: dropout, reshape, pooling, resizing."""
-    return isinstance(module, _PASSING) or (not module._modules and _class_name(module) in _DROP_NAMES)
+    return isinstance(module, _PASSING) or is_drop(module)
 
 
 def is_producer(module: nn.Module) -> bool:
@@ -153,6 +160,11 @@ def is_producer(module: nn.Module) -> bool:
 def width(module: nn.Module) -> int:
     """How many channels (features) a producer gives."""
     return int(module.out_features if isinstance(module, nn.Linear) else module.out_channels)  # type: ignore[arg-type]
+
+
+def depth(module: nn.Module) -> int:
+    """How many channels (features) a producer takes."""
+    return int(module.in_features if isinstance(module, nn.Linear) else module.in_channels)  # type: ignore[arg-type]
 
 
 def batch_norm_class(module: nn.Module) -> type[BatchNorm1d | BatchNorm2d | BatchNorm3d]:

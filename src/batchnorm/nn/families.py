@@ -1,0 +1,63 @@
+"""The members of the batch-norm family by name: each says here which classes it has."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from batchnorm._errors import InputError, message
+from batchnorm.nn.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from batchnorm.nn.lazy import LazyBatchNorm1d, LazyBatchNorm2d, LazyBatchNorm3d
+
+__all__ = ["FAMILIES", "Family", "family_of", "register"]
+
+
+@dataclass(frozen=True)
+class Family:
+    """One member: its layers for 1, 2 and 3 axes behind the channels, and its lazy ones if it has some."""
+
+    name: str
+    classes: Mapping[int, type[torch.nn.Module]]
+    lazy: Mapping[int, type[torch.nn.Module]] = field(default_factory=dict)
+
+
+FAMILIES: dict[str, Family] = {}
+
+
+def register(family: Family) -> Family:
+    """Make a member known by its name.
+
+    Raises:
+        InputError: the name is taken.
+    """
+    if family.name in FAMILIES:
+        raise InputError(message("family", got=f"{family.name!r} twice", expected="a name of its own"))
+    FAMILIES[family.name] = family
+    return family
+
+
+def family_of(cls: type[torch.nn.Module]) -> tuple[Family, int, bool] | None:
+    """The family of a class, its number of axes (0 for one class that serves all) and whether it is a lazy one."""
+    for family in FAMILIES.values():
+        for lazy, classes in ((False, family.classes), (True, family.lazy)):
+            axes = [rank for rank, each in classes.items() if each is cls]
+            if axes:
+                return family, axes[0] if len(axes) == 1 else 0, lazy
+    return None
+
+
+register(
+    Family(
+        "batchnorm",
+        {1: BatchNorm1d, 2: BatchNorm2d, 3: BatchNorm3d},
+        {1: LazyBatchNorm1d, 2: LazyBatchNorm2d, 3: LazyBatchNorm3d},
+    )
+)
+register(
+    Family(
+        "torch",
+        {1: torch.nn.BatchNorm1d, 2: torch.nn.BatchNorm2d, 3: torch.nn.BatchNorm3d},
+        {1: torch.nn.LazyBatchNorm1d, 2: torch.nn.LazyBatchNorm2d, 3: torch.nn.LazyBatchNorm3d},
+    )
+)
+register(Family("torch-sync", dict.fromkeys((1, 2, 3), torch.nn.SyncBatchNorm)))

@@ -1,0 +1,186 @@
+"""`freeze` and `unfreeze`: batch norms that keep their statistics, or their weight and bias, in training."""
+
+from typing import Any, ClassVar
+
+from torch import nn
+from torch.nn.modules.lazy import LazyModuleMixin
+
+from batchnorm._errors import InputError, message
+from batchnorm._walk import Changes, Plan, Spot, prepared
+from batchnorm.surgery import _kinds as kinds
+
+__all__ = ["Frozen", "freeze", "unfreeze"]
+
+
+class Frozen(nn.Module):
+    """The base of the classes of frozen layers: always in evaluation mode, whatever mode they are put in.
+
+    The mode that they are put in is remembered, and is theirs again when they are unfrozen.
+    """
+
+    _base: ClassVar[type[nn.Module]]
+
+    @property
+    def training(self) -> bool:
+        """False."""
+        return False
+
+    @training.setter
+    def training(self, mode: bool) -> None:
+        self.__dict__["training"] = mode
+
+    def reset_running_stats(self) -> None:
+        """Nothing: frozen statistics stay, in torch.optim.swa_utils.update_bn, too."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickled as the class it was frozen from: the frozen one is made when it is needed."""
+        reduced: Any = super().__reduce_ex__(protocol)
+        return (_again, (self._base,), *reduced[2:])
+
+
+def _again(base: type[nn.Module]) -> nn.Module:
+    cls = frozen_class(base)
+    return cls.__new__(cls)
+
+
+_MADE: dict[type[nn.Module], type[Frozen]] = {}
+
+
+def frozen_class(base: type[nn.Module]) -> type[Frozen]:
+    """The class of the frozen layers of a class, one for each; its objects are those of that class still."""
+    if base not in _MADE:
+        space = {"__module__": base.__module__, "__doc__": base.__doc__, "_base": base}
+        _MADE[base] = type(f"Frozen{base.__name__}", (Frozen, base), space)
+    return _MADE[base]
+
+
+def freeze(
+    model: nn.Module, *, statistics: bool = True, affine: bool = True, inplace: bool = False
+) -> Changes:
+    """Keep the batch norms of a network as they are while the rest is trained, for fine-tuning on small batches.
+
+    With frozen statistics a layer normalizes with its running statistics and does not update them, in training too:
+    `model.train()` does not reach it, nor does setting `training`; the mode is remembered and holds again after
+    `unfreeze`. `reset_running_stats` does nothing. The layer is the same object; its class is a subclass of the one it
+    had, so `isinstance` holds, and its names in the state dict stay. Loading a state dict still changes it.
+
+    With frozen `affine`, weight and bias do not require a gradient. An optimizer skips them once their old gradient
+    is gone (`optimizer.zero_grad()`).
+
+    A layer without running statistics has none to freeze and is skipped, and so is a lazy one without a shape.
+
+    Args:
+        model: any module; its batch norms are PyTorch's, this package's and subclasses of them.
+        statistics: freeze mean and variance.
+        affine: freeze weight and bias.
+        inplace: change `model` itself; else a deep copy is changed.
+
+    Returns:
+        Changes: `model` has the frozen layers; `revert()` gives every layer back its class, mode and flags.
+
+    Raises:
+        InputTypeError: `model` is no module.
+        InputError: neither `statistics` nor `affine`.
+        ModelError: the model is scripted, wrapped for distributed training or cannot be copied.
+
+    Example:
+        >>> from torch import nn
+        >>> import batchnorm
+        >>> net = batchnorm.freeze(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))).model.train()
+        >>> net[1].training, net[1].weight.requires_grad, isinstance(net[1], nn.BatchNorm2d)
+        (False, False, True)
+    """
+    plan = _prepared("freeze", model, statistics, affine, inplace)
+    for spot in plan.spots:
+        module = spot.module
+        if not kinds.is_batch_norm(module):
+            continue
+        if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():
+            plan.skip(spot, "its shape is not known yet: run one batch through the model first")
+            continue
+        done, why = [], []
+        if statistics and isinstance(module, Frozen):
+            why.append("its statistics are frozen already")
+        elif statistics and (module._buffers.get("running_mean") is None or not module.track_running_stats):
+            why.append("it has no running statistics to normalize with")
+        elif statistics:
+            plan.set_class(module, frozen_class(type(module)))
+            done.append("statistics")
+        if affine:
+            done += _require(plan, module, False)
+            why += [] if done and done[-1] != "statistics" else ["no weight or bias of it is trained"]
+        _report(plan, spot, done, why, "frozen")
+    return plan.apply()
+
+
+def unfreeze(
+    model: nn.Module, *, statistics: bool = True, affine: bool = True, inplace: bool = False
+) -> Changes:
+    """Take `freeze` back, for all batch norms of a network or of a part of it.
+
+    `unfreeze(model.layer4, inplace=True)` is for one part. A layer gets its class back and is in the mode that the
+    model was last put in; with `affine`, weight and bias require a gradient. `freeze(...).revert()` is exact instead:
+    it gives back what each layer was.
+
+    Args:
+        model: any module.
+        statistics: unfreeze mean and variance.
+        affine: unfreeze weight and bias.
+        inplace: change `model` itself; else a deep copy is changed.
+
+    Returns:
+        Changes: `changed` has the layers that were frozen; `revert()` freezes them again.
+
+    Raises:
+        InputTypeError: `model` is no module.
+        InputError: neither `statistics` nor `affine`.
+        ModelError: the model is scripted, wrapped for distributed training or cannot be copied.
+
+    Example:
+        >>> from torch import nn
+        >>> import batchnorm
+        >>> net = batchnorm.freeze(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))).model.train()
+        >>> batchnorm.unfreeze(net, affine=False, inplace=True).changed[0].note
+        'statistics unfrozen'
+        >>> net[1].training, net[1].weight.requires_grad
+        (True, False)
+    """
+    plan = _prepared("unfreeze", model, statistics, affine, inplace)
+    for spot in plan.spots:
+        module = spot.module
+        if not kinds.is_batch_norm(module):
+            continue
+        done = []
+        if statistics and isinstance(module, Frozen):
+            plan.set_class(module, module._base)
+            done.append("statistics")
+        if affine:
+            done += _require(plan, module, True)
+        _report(plan, spot, done, [], "unfrozen")
+    return plan.apply()
+
+
+def _prepared(operation: str, model: nn.Module, statistics: bool, affine: bool, inplace: bool) -> Plan:
+    if not (statistics or affine):
+        raise InputError(
+            message(operation, got="statistics=False, affine=False", expected="at least one of them")
+        )
+    return Plan(operation, prepared(model, operation=operation, inplace=inplace))
+
+
+def _require(plan: Plan, module: nn.Module, wanted: bool) -> list[str]:
+    """Plan the flags of weight and bias, and say which ones change."""
+    done = []
+    for name in ("weight", "bias"):
+        parameter = module._parameters.get(name)
+        if parameter is not None and parameter.requires_grad != wanted:
+            plan.set_requires_grad(module, name, wanted)
+            done.append(name)
+    return done
+
+
+def _report(plan: Plan, spot: Spot, done: list[str], why: list[str], how: str) -> None:
+    if done:
+        plan.alter(spot, note="; ".join([f"{', '.join(done)} {how}", *why]))
+    elif why:
+        plan.skip(spot, "; ".join(why))

@@ -1,0 +1,171 @@
+import copy
+
+import pytest
+import torch
+from surgery_helpers import names, randomize, reasons
+from torch import nn
+
+import batchnorm
+from batchnorm.nn.families import FAMILIES, Family, register
+
+X = torch.randn(8, 3, 5, 5)
+OURS = {1: batchnorm.BatchNorm1d, 2: batchnorm.BatchNorm2d, 3: batchnorm.BatchNorm3d}
+TORCH = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+
+
+def net() -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+
+
+@pytest.mark.parametrize("axes", [1, 2, 3])
+@pytest.mark.parametrize("options", [{}, {"affine": False}, {"eps": 0.1, "momentum": None}])
+def test_there_and_back(axes: int, options: dict[str, object]) -> None:
+    layer = randomize(TORCH[axes](3, **options))
+    before, attributes, x = copy.deepcopy(layer), dict(vars(layer)), torch.randn(4, 3, *[5] * axes)
+    objects = [*layer.parameters(), *layer.buffers()]
+    changes = batchnorm.convert(layer, "batchnorm", inplace=True)
+    assert changes.model is layer
+    assert type(layer) is OURS[axes]
+    torch.testing.assert_close(layer(x), before(x))
+    torch.testing.assert_close(layer.state_dict(), before.state_dict())
+    back = batchnorm.convert(layer, "torch", inplace=True)
+    assert type(layer) is TORCH[axes]
+    assert vars(layer).keys() == attributes.keys()
+    assert [vars(layer)[key] for key in ("eps", "momentum", "num_features")] == [
+        attributes[key] for key in ("eps", "momentum", "num_features")
+    ]
+    assert all(a is b for a, b in zip(objects, [*layer.parameters(), *layer.buffers()], strict=True))
+    back.revert()
+    assert type(layer) is OURS[axes]
+    changes.revert()
+    assert type(layer) is TORCH[axes]
+    assert vars(layer).keys() == attributes.keys()
+
+
+def test_sharing_hooks_mode_and_identity_stay() -> None:
+    norm = nn.BatchNorm2d(3)
+    seen: list[type] = []
+    handle = norm.register_forward_hook(lambda module, args, out: seen.append(type(module)))
+    norm.eval()
+    norm.tag = "mine"
+    model = nn.Sequential(norm, nn.Sequential(norm))
+    batchnorm.convert(model, nn.SyncBatchNorm, inplace=True, process_group="group")
+    assert model[0] is model[1][0] is norm
+    assert (type(norm), norm.process_group, norm.tag, norm.training) == (
+        nn.SyncBatchNorm,
+        "group",
+        "mine",
+        False,
+    )
+    model(X)
+    assert seen == [nn.SyncBatchNorm] * 2
+    handle.remove()
+    model(X)
+    assert len(seen) == 2
+    assert "does not say for how many axes" in reasons(batchnorm.convert(model, "torch"))["0"]
+    batchnorm.convert(model, nn.BatchNorm2d, inplace=True)
+    assert type(norm) is nn.BatchNorm2d
+    assert "process_group" not in vars(norm)
+
+
+def test_options() -> None:
+    model = batchnorm.convert(net(), batchnorm.BatchNorm2d, nonfinite="skip", eps=0.5, backend="aten").model
+    assert [model[1].nonfinite, model[1].eps, model[1].backend, model[1].momentum] == [
+        "skip",
+        0.5,
+        "aten",
+        0.1,
+    ]
+    again = batchnorm.convert(model, "batchnorm", eps=0.25)
+    assert [again.model[1].nonfinite, again.model[1].eps] == ["skip", 0.25]
+    assert batchnorm.convert(model, "batchnorm").changed == ()
+    assert again.revert()[1].eps == 0.5
+    for options, error in (
+        ({"colour": 1}, batchnorm.InputError),
+        ({"nonfinite": "sometimes"}, batchnorm.InputError),
+        ({"affine": False}, batchnorm.InputError),
+        ({"num_features": 3}, batchnorm.InputError),
+    ):
+        with pytest.raises(error):
+            batchnorm.convert(model, "batchnorm", **options)
+
+
+def test_targets() -> None:
+    model = nn.Sequential(nn.BatchNorm1d(3), nn.BatchNorm2d(3))
+    changes = batchnorm.convert(model, batchnorm.BatchNorm2d)
+    assert names(changes) == ["1"]
+    assert "another number of axes" in reasons(changes)["0"]
+    for wrong in ("bn", nn.Linear, batchnorm.LazyBatchNorm1d):
+        with pytest.raises(batchnorm.InputError, match="'batchnorm', 'torch', 'torch-sync'"):
+            batchnorm.convert(model, wrong)
+    with pytest.raises(batchnorm.InputTypeError):
+        batchnorm.convert(model, 3)
+
+
+def test_dry_run() -> None:
+    for inplace in (False, True):
+        model = net()
+        changes = batchnorm.convert(model, "batchnorm", dry_run=True, inplace=inplace)
+        assert names(changes) == ["1"]
+        assert changes.model is model
+        assert type(model[1]) is nn.BatchNorm2d
+        assert "__module__" not in vars(model[1])
+        assert changes.revert() is model
+
+
+def test_lazy_layers() -> None:
+    model = nn.Sequential(nn.LazyBatchNorm2d(eps=0.1), nn.ReLU())
+    ours = batchnorm.convert(model, "batchnorm").model
+    assert type(ours[0]) is batchnorm.LazyBatchNorm2d
+    ours(X)
+    assert (type(ours[0]), ours[0].num_features, ours[0].eps) == (batchnorm.BatchNorm2d, 3, 0.1)
+    assert "run one batch" in reasons(batchnorm.convert(model, "torch-sync"))["0"]
+
+
+def test_what_would_be_lost() -> None:
+    class Own(nn.BatchNorm2d):
+        pass
+
+    model = nn.Sequential(
+        batchnorm.BatchNorm2d(3, activation="relu"),
+        batchnorm.BatchNorm2d(3, nonfinite="skip"),
+        Own(3),
+        batchnorm.freeze(nn.BatchNorm2d(3)).model,
+        batchnorm.BatchNorm2d(3),
+    )
+    changes = batchnorm.convert(model, "torch")
+    assert reasons(changes) == {
+        "0": "it holds the activation 'relu', which BatchNorm2d does not have",
+        "1": "it has nonfinite='skip', which BatchNorm2d does not have",
+        "2": "Own is a class of its own, which may do more than normalize",
+        "3": "it is frozen: unfreeze it first",
+    }
+    assert names(changes) == ["4"]
+
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bn = batchnorm.BatchNorm2d(3)
+
+        def forward(self, x):
+            return self.bn(x, x)
+
+    assert "called with a residual" in reasons(batchnorm.convert(Residual(), "torch"))["bn"]
+    assert not batchnorm.convert(Residual(), "batchnorm").skipped
+
+
+def test_a_member_registers_itself() -> None:
+    class Ghost(nn.BatchNorm2d):
+        def __init__(self, num_features, *, size=2, **options) -> None:
+            super().__init__(num_features, **options)
+            self.size = size
+
+    register(Family("ghost-test", {2: Ghost}))
+    try:
+        model = batchnorm.convert(net(), "ghost-test", size=4).model
+        assert (type(model[1]), model[1].size) == (Ghost, 4)
+        assert type(batchnorm.convert(model, "torch").model[1]) is nn.BatchNorm2d
+        with pytest.raises(batchnorm.InputError, match="twice"):
+            register(Family("ghost-test", {}))
+    finally:
+        del FAMILIES["ghost-test"]
