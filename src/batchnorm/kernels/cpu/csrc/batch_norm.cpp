@@ -6,7 +6,6 @@ void update_running(const Running& running, int64_t channels, const double* mean
   double factor = running.momentum;
   if (running.cumulative) factor = running.tracked ? 1.0 / static_cast<double>(*running.tracked) : 0.0;
   if (count <= 0) return;
-  const double unbiased = count > 1 ? count / (count - 1) : 0;
   // The value as the buffer's dtype will hold it.
   const auto overflows = [&](const Vector& vector, double value) {
     const double largest = vector.dtype == DType::f64   ? 1.7976931348623157e308
@@ -15,7 +14,7 @@ void update_running(const Running& running, int64_t channels, const double* mean
     return !(std::fabs(value) <= largest);
   };
   for (int64_t c = 0; c < channels; ++c) {
-    const double batch_var = var[c] * unbiased;
+    const double batch_var = count > 1 ? var[c] * count / (count - 1) : 0;
     const double new_mean = running.mean.get(c) * (1 - factor) + mean[c] * factor;
     const double new_var = running.var.get(c) * (1 - factor) + batch_var * factor;
     if (running.skip_nonfinite && (!std::isfinite(mean[c]) || !std::isfinite(batch_var) ||
