@@ -24,11 +24,14 @@ _HOME = {
     "MissingDependencyError": "_errors",
     "ModelError": "_errors",
     "OutputError": "_errors",
+    "RecalibratedLayer": "stats",
+    "Recalibration": "stats",
     "Trace": "explain",
     "batch_norm": "functional",
     "compare": "comparison",
     "explain_backend": "ops",
     "insert": "surgery",
+    "recalibrate": "stats",
     "remove": "surgery",
     "trace": "explain",
 }
@@ -57,6 +60,9 @@ if TYPE_CHECKING:
     from batchnorm.nn import LazyBatchNorm2d as LazyBatchNorm2d
     from batchnorm.nn import LazyBatchNorm3d as LazyBatchNorm3d
     from batchnorm.ops import explain_backend as explain_backend
+    from batchnorm.stats import RecalibratedLayer as RecalibratedLayer
+    from batchnorm.stats import Recalibration as Recalibration
+    from batchnorm.stats import recalibrate as recalibrate
     from batchnorm.surgery import insert as insert
     from batchnorm.surgery import remove as remove
 
