@@ -25,8 +25,8 @@ def in_turn(job: Job, still: Still, passed: Passed) -> tuple[list[Statistics], i
     In every pass the layers are looked at in the order of execution. The first whose statistics are not final gets
     them now: everything before it was final while its input was made. So does the next one, if the first had
     been normalizing with these very statistics already, and so on: layers that do not depend on each other share
-    passes, without anyone knowing the graph. A layer normalizes with its own statistics already before they are final
-    if two passes in a row found the same, and with each batch's otherwise, which cannot run away.
+    passes, without anyone knowing the graph. Before they are final, a layer's own statistics are trusted if it is the
+    next in turn or if two passes found the same; the others normalize with each batch's, so that nothing runs away.
     """
     eps = [target.module.eps for target in job.targets]
     now = [statistics_of(pool) for pool in passed.pools]
@@ -37,7 +37,7 @@ def in_turn(job: Job, still: Still, passed: Passed) -> tuple[list[Statistics], i
     unsettled: list[int] = []
     passes, rounds, order = 1, passed.rounds, passed.order
     while True:
-        insisted: set[int] = set()
+        trusted: set[int] = set()
         for index in order:
             if final[index] is not None:
                 continue
@@ -46,23 +46,25 @@ def in_turn(job: Job, still: Still, passed: Passed) -> tuple[list[Statistics], i
             if passed.pools[index].repeated and not settled:
                 tries[index] += 1
                 if tries[index] <= _TRIES:
-                    insisted.add(index)
+                    trusted.add(index)
                     break
                 unsettled.append(index)
             final[index] = now[index]
             if not settled:
                 break
-        if all(final[index] is not None for index in order):
+        left = [index for index in order if final[index] is None]
+        if not left:
             return (
                 [known or statistics for known, statistics in zip(final, now, strict=True)],
                 passes,
                 unsettled,
             )
+        trusted.add(left[0])
         given = [
             known
             if known is not None
             else now[index]
-            if index in insisted or (before is not None and _same(before[index], now[index], eps[index]))
+            if index in trusted or (before is not None and _same(before[index], now[index], eps[index]))
             else None
             for index, known in enumerate(final)
         ]
