@@ -37,6 +37,8 @@ PUBLIC = [
     "compare",
     "explain_backend",
     "insert",
+    "merge_statistics",
+    "parameter_groups",
     "recalibrate",
     "remove",
     "trace",

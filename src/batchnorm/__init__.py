@@ -31,6 +31,8 @@ _HOME = {
     "compare": "comparison",
     "explain_backend": "ops",
     "insert": "surgery",
+    "merge_statistics": "stats",
+    "parameter_groups": "stats",
     "recalibrate": "stats",
     "remove": "surgery",
     "trace": "explain",
@@ -62,6 +64,8 @@ if TYPE_CHECKING:
     from batchnorm.ops import explain_backend as explain_backend
     from batchnorm.stats import RecalibratedLayer as RecalibratedLayer
     from batchnorm.stats import Recalibration as Recalibration
+    from batchnorm.stats import merge_statistics as merge_statistics
+    from batchnorm.stats import parameter_groups as parameter_groups
     from batchnorm.stats import recalibrate as recalibrate
     from batchnorm.surgery import insert as insert
     from batchnorm.surgery import remove as remove

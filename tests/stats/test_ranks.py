@@ -53,9 +53,9 @@ def test_shares_give_what_the_whole_gives(
     whole = [*worker.batches(case, 0), *worker.batches(case, 1)]
     result = batchnorm.recalibrate(model, whole, mode=mode, tolerance=0)
     (first, told), (second, told_too) = (found[f"{case} {mode}"] for found in results)
-    assert told["samples"] == told_too["samples"] == result.samples == sum(map(len, whole))
-    assert told["batches"] == len(whole)
-    assert told["passes"] == told_too["passes"] == result.passes
+    assert told == told_too  # the precision too: on it depends who stops
+    assert told["samples"] == result.samples == sum(map(len, whole))
+    assert (told["batches"], told["passes"]) == (len(whole), result.passes)
     for name, value in model.state_dict().items():
         assert same_bits(first[name], second[name]), name
         torch.testing.assert_close(first[name], value, rtol=1e-5, atol=1e-6)

@@ -86,6 +86,7 @@ def test_samples_ends_the_pass_with_the_batch_that_reaches_it(mode: str) -> None
     assert (result.samples, result.batches, result.stopped_by) == (24, 3, "samples")
     torch.testing.assert_close(model[0].running_mean, torch.cat(data[:3]).mean((0, 2, 3)))
     assert model[0].num_batches_tracked == 3
+    assert batchnorm.recalibrate(model, data, samples=16, mode=mode).samples == 16
     more = batchnorm.recalibrate(model, data, samples=1000)
     assert (more.samples, more.stopped_by) == (80, "end")
 

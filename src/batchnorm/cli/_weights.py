@@ -99,11 +99,13 @@ def _differences(model: nn.Module, state: Mapping[str, Tensor]) -> list[str]:
 
 
 def place(model: nn.Module, device: str) -> nn.Module:
-    """Move the model.
+    """Move the model; "auto" takes a GPU where there is one.
 
     Raises:
         InputError: there is no such device.
     """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         return model.to(device)
     except (RuntimeError, AssertionError) as error:

@@ -75,7 +75,7 @@ def command(
     mode: Annotated[
         Mode, typer.Option(help="One pass, or a pass a layer and exact for small and sorted batches.")
     ] = Mode.JOINT,
-    device: Annotated[str, typer.Option(metavar="NAME", help="cpu, cuda, cuda:1, mps, ...")] = "cpu",
+    device: Annotated[str, typer.Option(metavar="NAME", help="auto, cpu, cuda, cuda:1, mps, ...")] = "auto",
     json: Annotated[
         str | None,
         typer.Option(

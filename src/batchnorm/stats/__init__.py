@@ -1,6 +1,8 @@
 """Tools for the running statistics of batch norm."""
 
+from batchnorm.stats._groups import parameter_groups
+from batchnorm.stats._merge import merge_statistics
 from batchnorm.stats._recalibrate import recalibrate
 from batchnorm.stats._recalibration import RecalibratedLayer, Recalibration
 
-__all__ = ["RecalibratedLayer", "Recalibration", "recalibrate"]
+__all__ = ["RecalibratedLayer", "Recalibration", "merge_statistics", "parameter_groups", "recalibrate"]
