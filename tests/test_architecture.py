@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = Path(batchnorm.__file__).resolve().parent
 
 PUBLIC = [
+    "Averaged",
     "BackendError",
     "BatchNorm1d",
     "BatchNorm2d",
@@ -33,6 +34,7 @@ PUBLIC = [
     "Recalibration",
     "Trace",
     "__version__",
+    "averaged",
     "batch_norm",
     "compare",
     "explain_backend",

@@ -1,8 +1,17 @@
 """Tools for the running statistics of batch norm."""
 
+from batchnorm.stats._averaged import Averaged, averaged
 from batchnorm.stats._groups import parameter_groups
 from batchnorm.stats._merge import merge_statistics
 from batchnorm.stats._recalibrate import recalibrate
 from batchnorm.stats._recalibration import RecalibratedLayer, Recalibration
 
-__all__ = ["RecalibratedLayer", "Recalibration", "merge_statistics", "parameter_groups", "recalibrate"]
+__all__ = [
+    "Averaged",
+    "RecalibratedLayer",
+    "Recalibration",
+    "averaged",
+    "merge_statistics",
+    "parameter_groups",
+    "recalibrate",
+]
