@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = Path(batchnorm.__file__).resolve().parent
 
 PUBLIC = [
+    "Adapted",
     "Averaged",
     "BackendError",
     "BatchNorm1d",
@@ -34,6 +35,7 @@ PUBLIC = [
     "Recalibration",
     "Trace",
     "__version__",
+    "adapt",
     "averaged",
     "batch_norm",
     "compare",

@@ -8,6 +8,7 @@ __version__ = "0.1.0"
 # Public name -> the module that defines it. Nothing is imported before it is used, so that
 # `import batchnorm` costs nothing and the command line answers `--help` without importing torch.
 _HOME = {
+    "Adapted": "stats",
     "Averaged": "stats",
     "BackendError": "_errors",
     "BatchNorm1d": "nn",
@@ -28,6 +29,7 @@ _HOME = {
     "RecalibratedLayer": "stats",
     "Recalibration": "stats",
     "Trace": "explain",
+    "adapt": "stats",
     "averaged": "stats",
     "batch_norm": "functional",
     "compare": "comparison",
@@ -64,9 +66,11 @@ if TYPE_CHECKING:
     from batchnorm.nn import LazyBatchNorm2d as LazyBatchNorm2d
     from batchnorm.nn import LazyBatchNorm3d as LazyBatchNorm3d
     from batchnorm.ops import explain_backend as explain_backend
+    from batchnorm.stats import Adapted as Adapted
     from batchnorm.stats import Averaged as Averaged
     from batchnorm.stats import RecalibratedLayer as RecalibratedLayer
     from batchnorm.stats import Recalibration as Recalibration
+    from batchnorm.stats import adapt as adapt
     from batchnorm.stats import averaged as averaged
     from batchnorm.stats import merge_statistics as merge_statistics
     from batchnorm.stats import parameter_groups as parameter_groups

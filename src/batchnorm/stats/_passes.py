@@ -17,7 +17,7 @@ from batchnorm.stats._ranks import Ranks
 from batchnorm.stats._still import Still
 from batchnorm.stats._targets import Target
 
-__all__ = ["Job", "Passed", "Statistics", "Stopped", "one_pass"]
+__all__ = ["Job", "Passed", "Statistics", "Stopped", "one_pass", "seen_by"]
 
 Stopped = Literal["tolerance", "samples", "end"]
 Statistics = tuple[Tensor, Tensor]  # mean and unbiased variance
@@ -188,18 +188,10 @@ class _Watch:
         target, pool = self.targets[index], self.pools[index]
 
         def observe(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            input = args[0] if args else kwargs.get("input")
-            # What does not fit is left to the layer, which says so.
-            if not isinstance(input, Tensor) or input.dim() < 2 or input.shape[1] != target.channels:
+            seen = seen_by(layer, target.channels, args, kwargs)
+            if seen is None:
                 return
-            mask = None
-            if isinstance(layer, Extras):
-                mask = args[2] if len(args) > 2 else kwargs.get("mask")
-            if mask is not None:
-                try:
-                    mask = mask.expand(input.shape[0], *input.shape[2:])
-                except (RuntimeError, AttributeError):
-                    return
+            input, mask = seen
             values, samples = batch_pool(input, mask)
             if pool.place < 0:
                 pool.place, self.reached = self.reached, self.reached + 1
@@ -218,6 +210,24 @@ class _Watch:
         if isinstance(mean, Tensor) and isinstance(var, Tensor):
             mean.copy_(values.mean)
             var.copy_(values.biased_var)
+
+
+def seen_by(
+    layer: nn.Module, channels: int, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Tensor, Tensor | None] | None:
+    """Input and mask (N, *S) of a call; None for what does not fit, which is left to the layer to say."""
+    input = args[0] if args else kwargs.get("input")
+    if not isinstance(input, Tensor) or input.dim() < 2 or input.shape[1] != channels:
+        return None
+    mask = None
+    if isinstance(layer, Extras):
+        mask = args[2] if len(args) > 2 else kwargs.get("mask")
+    if mask is not None:
+        try:
+            mask = mask.expand(input.shape[0], *input.shape[2:])
+        except (RuntimeError, AttributeError):
+            return None
+    return input, mask
 
 
 def _device(target: Target) -> torch.device:

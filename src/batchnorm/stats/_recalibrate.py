@@ -18,7 +18,7 @@ from batchnorm.stats._progress import Bar
 from batchnorm.stats._ranks import ranks_of
 from batchnorm.stats._recalibration import RecalibratedLayer, Recalibration
 from batchnorm.stats._sequential import in_turn, statistics_of
-from batchnorm.stats._still import Still
+from batchnorm.stats._still import Still, plainly
 from batchnorm.stats._targets import Target, bare, targets
 
 __all__ = ["recalibrate"]
@@ -116,7 +116,11 @@ def recalibrate(
     found, skipped = targets(network, "recalibrate")
     ranks = ranks_of(group)
     ranks.agree(_fingerprint(found, samples, tolerance, mode))
-    with Bar("recalibrate", loader, visible=ranks.rank == 0) as bar, Still(network) as still:
+    with (
+        Bar("recalibrate", loader, visible=ranks.rank == 0) as bar,
+        Still(network) as still,
+        plainly(grad=False),
+    ):
         job = Job(network, found, loader, forward, ranks, samples, tolerance, bar)
         passed = one_pass(job, still, [None] * len(found))
         _check_enough(passed, found)
