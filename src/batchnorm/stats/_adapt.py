@@ -179,8 +179,8 @@ def adapt(
     **Where it harms**: a batch must be a fair sample of the new data. In batches of one class (a sorted stream, a
     video) the mean of the batch is the class, and it is normalized away. What is looked at is how much the batch means
     of the first layer's input scatter; from eight batches on, a squared scatter beyond four times that of shuffled data
-    gives a warning. It cannot tell classes from a change of origin, cannot see a stream that never leaves its first class, and
-    sees nothing in one batch. For a whole data set at hand, `recalibrate` is better and does not depend on the batch.
+    gives a warning. It cannot tell classes from a change of origin, cannot see a stream that never leaves its first
+    class, and sees nothing in one batch. For a whole data set at hand, `recalibrate` does not depend on the batch.
 
     Args:
         model: the network; for "tent" its output must be logits, (N, classes).
