@@ -13,6 +13,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = Path(batchnorm.__file__).resolve().parent
 
 PUBLIC = [
+    "Adapted",
+    "Averaged",
     "BackendError",
     "BatchNorm1d",
     "BatchNorm2d",
@@ -29,9 +31,13 @@ PUBLIC = [
     "MissingDependencyError",
     "ModelError",
     "OutputError",
+    "RecalibratedLayer",
+    "Recalibration",
     "Trace",
     "__version__",
     "absorb_bias",
+    "adapt",
+    "averaged",
     "batch_norm",
     "compare",
     "convert",
@@ -40,6 +46,9 @@ PUBLIC = [
     "freeze",
     "fuse",
     "insert",
+    "merge_statistics",
+    "parameter_groups",
+    "recalibrate",
     "remove",
     "trace",
     "unfreeze",
@@ -99,7 +108,14 @@ def test_the_process_that_asks_for_a_benchmark_leaves_torch_alone() -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--help"], ["bench", "--help"], ["compare", "--help"], ["env", "--help"], ["explain", "--help"]],
+    [
+        ["--help"],
+        ["bench", "--help"],
+        ["compare", "--help"],
+        ["env", "--help"],
+        ["explain", "--help"],
+        ["recalibrate", "--help"],
+    ],
     ids=" ".join,
 )
 def test_help_leaves_torch_alone(arguments: list[str]) -> None:

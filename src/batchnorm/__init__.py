@@ -8,6 +8,8 @@ __version__ = "0.1.0"
 # Public name -> the module that defines it. Nothing is imported before it is used, so that
 # `import batchnorm` costs nothing and the command line answers `--help` without importing torch.
 _HOME = {
+    "Adapted": "stats",
+    "Averaged": "stats",
     "BackendError": "_errors",
     "BatchNorm1d": "nn",
     "BatchNorm2d": "nn",
@@ -24,8 +26,12 @@ _HOME = {
     "MissingDependencyError": "_errors",
     "ModelError": "_errors",
     "OutputError": "_errors",
+    "RecalibratedLayer": "stats",
+    "Recalibration": "stats",
     "Trace": "explain",
     "absorb_bias": "surgery",
+    "adapt": "stats",
+    "averaged": "stats",
     "batch_norm": "functional",
     "compare": "comparison",
     "convert": "surgery",
@@ -34,6 +40,9 @@ _HOME = {
     "freeze": "surgery",
     "fuse": "surgery",
     "insert": "surgery",
+    "merge_statistics": "stats",
+    "parameter_groups": "stats",
+    "recalibrate": "stats",
     "remove": "surgery",
     "trace": "explain",
     "unfreeze": "surgery",
@@ -63,6 +72,15 @@ if TYPE_CHECKING:
     from batchnorm.nn import LazyBatchNorm2d as LazyBatchNorm2d
     from batchnorm.nn import LazyBatchNorm3d as LazyBatchNorm3d
     from batchnorm.ops import explain_backend as explain_backend
+    from batchnorm.stats import Adapted as Adapted
+    from batchnorm.stats import Averaged as Averaged
+    from batchnorm.stats import RecalibratedLayer as RecalibratedLayer
+    from batchnorm.stats import Recalibration as Recalibration
+    from batchnorm.stats import adapt as adapt
+    from batchnorm.stats import averaged as averaged
+    from batchnorm.stats import merge_statistics as merge_statistics
+    from batchnorm.stats import parameter_groups as parameter_groups
+    from batchnorm.stats import recalibrate as recalibrate
     from batchnorm.surgery import absorb_bias as absorb_bias
     from batchnorm.surgery import convert as convert
     from batchnorm.surgery import fold as fold

@@ -31,7 +31,19 @@ from torch.nn.parameter import UninitializedBuffer
 from batchnorm._errors import InputTypeError, ModelError, message
 from batchnorm._files import write_whole
 
-__all__ = ["Change", "Changes", "Plan", "Skipped", "Spot", "copied", "hooks_of", "line", "prepared", "walk"]
+__all__ = [
+    "Change",
+    "Changes",
+    "Plan",
+    "Skipped",
+    "Spot",
+    "copied",
+    "hooks_of",
+    "html_table",
+    "line",
+    "prepared",
+    "walk",
+]
 
 SCHEMA_VERSION = 1
 
@@ -322,8 +334,8 @@ class Changes:
         changed = [(_shown(c.name, c.also), c.before, c.after, c.note) for c in self.changed]
         skipped = [(_shown(s.name, s.also), s.reason) for s in self.skipped]
         parts = [f"<p><strong>{html.escape(self._headline())}</strong></p>"]
-        parts += _table(("module", "before", "after", "note"), changed)
-        parts += _table(("skipped", "reason"), skipped)
+        parts += html_table(("module", "before", "after", "note"), changed)
+        parts += html_table(("skipped", "reason"), skipped)
         parts += [f"<p><small>{html.escape(note)}</small></p>" for note in self.notes]
         return "\n".join(parts)
 
@@ -332,7 +344,8 @@ def _shown(name: str, also: Sequence[str]) -> str:
     return " = ".join(each or "(the model itself)" for each in (name, *also))
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+def html_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a table of plain texts; none without rows."""
     if not rows:
         return []
     cells = "".join(f'<th scope="col">{html.escape(title)}</th>' for title in head)

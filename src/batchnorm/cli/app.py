@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 import batchnorm
-from batchnorm.cli import bench, compare, env, explain
+from batchnorm.cli import bench, compare, env, explain, recalibrate
 
 __all__ = ["app"]
 
@@ -49,3 +49,6 @@ app.command(
     short_help="Explain batch norm, step by step.",
     context_settings={"allow_extra_args": True},
 )(explain.command)
+app.command("recalibrate", short_help="Renew the running statistics of a model from data.")(
+    recalibrate.command
+)

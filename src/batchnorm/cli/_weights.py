@@ -1,0 +1,140 @@
+"""Weights in files: state dicts of torch.save, and safetensors."""
+
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from batchnorm._errors import DataError, InputError, ModelError, message
+from batchnorm._files import require, write_whole
+
+__all__ = ["check_format", "load_weights", "place", "save_weights"]
+
+# Under these keys training scripts keep the state dict beside other things.
+_KEYS = ("state_dict", "model_state_dict", "model")
+
+
+def check_format(path: Path) -> None:
+    """Find out now whether a file of this name can be made.
+
+    Raises:
+        MissingDependencyError: its format needs a package that is not installed.
+    """
+    if _is_safetensors(path):
+        _safetensors()
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Load a state dict into the model, all of it or nothing.
+
+    Raises:
+        DataError: a file that is not there, cannot be read safely, or holds no state dict.
+        ModelError: weights of another model.
+        MissingDependencyError: the format needs a package that is not installed.
+    """
+    state = _read(path)
+    wrong = _differences(model, state)
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise ModelError(
+            message(
+                f"--weights {path}",
+                got="; ".join(wrong[:3]) + more,
+                expected="the weights of this model",
+                fix="Give the factory of the model that they were saved from.",
+            )
+        )
+    model.load_state_dict(state)
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise DataError(message("--weights", got=f"{path}, no such file", expected="a file with weights"))
+    try:
+        if _is_safetensors(path):
+            loaded: Any = _safetensors().load(path.read_bytes())
+        else:
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # each format has its own ways to be broken
+        if not isinstance(error, ImportError):
+            text = " ".join(str(error).split())[:200]
+            raise DataError(
+                message(
+                    f"--weights {path}",
+                    got=f"{type(error).__name__} on reading it ({text})",
+                    expected="a state dict saved by torch.save, or safetensors",
+                )
+            ) from error
+        raise
+    if isinstance(loaded, Mapping) and not _is_state(loaded):
+        loaded = next((loaded[key] for key in _KEYS if isinstance(loaded.get(key), Mapping)), loaded)
+    if not isinstance(loaded, Mapping) or not _is_state(loaded):
+        raise DataError(
+            message(
+                f"--weights {path}",
+                got=f"a {type(loaded).__name__}",
+                expected="a state dict: names and tensors",
+            )
+        )
+    return dict(loaded)
+
+
+def _is_state(value: Mapping[Any, Any]) -> bool:
+    return bool(value) and all(isinstance(item, Tensor) for item in value.values())
+
+
+def _differences(model: nn.Module, state: Mapping[str, Tensor]) -> list[str]:
+    own = model.state_dict()
+    wrong = [f"no {name}" for name in own if name not in state]
+    wrong += [f"{name}, which the model has not" for name in state if name not in own]
+    wrong += [
+        f"{name} of shape {tuple(state[name].shape)} for {tuple(value.shape)}"
+        for name, value in own.items()
+        if name in state and state[name].shape != value.shape
+    ]
+    return wrong
+
+
+def place(model: nn.Module, device: str) -> nn.Module:
+    """Move the model; "auto" takes a GPU where there is one.
+
+    Raises:
+        InputError: there is no such device.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return model.to(device)
+    except (RuntimeError, AssertionError) as error:
+        text = " ".join(str(error).split())[:120]
+        raise InputError(
+            message("--device", got=f"{device} ({text})", expected="a device of this machine, such as cpu")
+        ) from error
+
+
+def save_weights(model: nn.Module, path: Path) -> None:
+    """Write the state dict, whole or not at all: safetensors by that suffix, else as torch.save does.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    if _is_safetensors(path):
+        # Tied weights are stored once for each name: the format has no sharing.
+        content = _safetensors().save({name: value.clone() for name, value in state.items()})
+    else:
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        content = buffer.getvalue()
+    write_whole(path, content)
+
+
+def _is_safetensors(path: Path) -> bool:
+    return path.suffix.lower() == ".safetensors"
+
+
+def _safetensors() -> Any:
+    return require("safetensors.torch", package="safetensors", purpose="a file in the format safetensors")

@@ -1,0 +1,20 @@
+"""Tools for the running statistics of batch norm."""
+
+from batchnorm.stats._adapt import Adapted, adapt
+from batchnorm.stats._averaged import Averaged, averaged
+from batchnorm.stats._groups import parameter_groups
+from batchnorm.stats._merge import merge_statistics
+from batchnorm.stats._recalibrate import recalibrate
+from batchnorm.stats._recalibration import RecalibratedLayer, Recalibration
+
+__all__ = [
+    "Adapted",
+    "Averaged",
+    "RecalibratedLayer",
+    "Recalibration",
+    "adapt",
+    "averaged",
+    "merge_statistics",
+    "parameter_groups",
+    "recalibrate",
+]

@@ -1,0 +1,97 @@
+"""How a model is called with a batch, and how many samples that batch holds."""
+
+from collections.abc import Callable, Iterable, Mapping
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from batchnorm._errors import DataError, InputTypeError, message
+
+__all__ = ["Forward", "call", "check_loader", "place_of", "samples_in"]
+
+Forward = Callable[[nn.Module, Any], object]
+
+
+def check_loader(loader: object, operation: str, again: bool) -> None:
+    """Refuse what no batches can be taken from; with `again`, also what gives them only once.
+
+    Raises:
+        InputTypeError: no iterable of batches.
+        DataError: an iterator where several passes are needed.
+    """
+    if isinstance(loader, Tensor | str | bytes | Mapping) or not isinstance(loader, Iterable):
+        raise InputTypeError(
+            message(
+                f"{operation}: loader",
+                got=f"a {type(loader).__name__}",
+                expected="something that gives batches, as a DataLoader or a list of tensors does",
+                fix="Put the one batch into a list: [batch]." if isinstance(loader, Tensor | Mapping) else "",
+            )
+        )
+    if again and iter(loader) is loader:
+        raise DataError(
+            message(
+                f"{operation}: loader",
+                got=f"a {type(loader).__name__}, which gives its batches only once",
+                expected="something that can be gone through several times",
+                fix="Give the DataLoader itself, a list, or mode='joint', which needs one pass.",
+            )
+        )
+
+
+def place_of(model: nn.Module) -> torch.device | None:
+    """Where the model's first parameter or buffer lives."""
+    first = next(chain(model.parameters(), model.buffers()), None)
+    return None if first is None else first.device
+
+
+def call(model: nn.Module, batch: Any, forward: Forward | None, device: torch.device | None) -> None:
+    """Run the model: `forward(model, batch)`, or by the kind of the batch.
+
+    Raises:
+        DataError: a batch that no rule is for.
+    """
+    if forward is not None:
+        forward(model, batch)
+    elif isinstance(batch, Mapping):
+        model(**{str(key): _moved(value, device) for key, value in batch.items()})
+    elif isinstance(batch, tuple | list) and batch:
+        model(_moved(batch[0], device))
+    elif isinstance(batch, Tensor):
+        model(_moved(batch, device))
+    else:
+        raise DataError(
+            message(
+                "batch",
+                got=f"{'an empty' if isinstance(batch, tuple | list) else 'a'} {type(batch).__name__}",
+                expected="a tensor, a tuple or list whose first element is the input, or a dict of keyword arguments",
+                fix="Say how the model is called: forward=lambda model, batch: model(...).",
+            )
+        )
+
+
+def samples_in(batch: Any) -> int | None:
+    """The length of the first axis of the first tensor found in the batch."""
+    if isinstance(batch, Tensor):
+        return batch.shape[0] if batch.dim() else None
+    parts = batch.values() if isinstance(batch, Mapping) else batch
+    if not isinstance(batch, Mapping | tuple | list):
+        return None
+    return next((size for part in parts if (size := samples_in(part)) is not None), None)
+
+
+def _moved(value: Any, device: torch.device | None) -> Any:
+    """The value with every tensor in it on the model's device."""
+    if device is None:
+        return value
+    if isinstance(value, Tensor):
+        return value.to(device, non_blocking=True)
+    if isinstance(value, Mapping):
+        return {key: _moved(item, device) for key, item in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(_moved(item, device) for item in value))
+    if isinstance(value, tuple | list):
+        return type(value)(_moved(item, device) for item in value)
+    return value
