@@ -260,3 +260,10 @@ def test_remove_then_insert_has_the_weights_of_the_original() -> None:
     x = torch.randn(6, 4)
     torch.testing.assert_close(again(x), net(x))
     assert again[0][0].bias is None
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_scripting_what_stays_of_our_layer_is_refused_clearly() -> None:
+    model = batchnorm.remove(nn.Sequential(batchnorm.BatchNorm1d(3, activation="relu"))).model
+    with pytest.raises(batchnorm.ModelError, match=r"torch.jit.script: got a model with a Unnormalized"):
+        torch.jit.script(model)

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from batchnorm import ops
 from batchnorm._activations import activation_named
 from batchnorm._errors import InputError, ModelError, message
 from batchnorm.functional import layer_batch_norm
+from batchnorm.nn._unscriptable import Unscriptable
 
 __all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "Extras", "NonFinite"]
 
@@ -34,7 +35,7 @@ def _own(held: Mapping[str, Tensor | None], name: str, module: Module) -> Tensor
         return getattr(module, name)  # type: ignore[no-any-return]
 
 
-class Extras(_Base):
+class Extras(Unscriptable, _Base):
     """What every layer of ours has beyond PyTorch's: an activation, a residual, a mask, a rule for bad batches.
 
     It stands before PyTorch's class among the bases, so that `isinstance` holds for both.
@@ -118,18 +119,6 @@ class Extras(_Base):
         if self.backend is not None:
             text += f", backend={self.backend}"
         return text
-
-    def __prepare_scriptable__(self) -> NoReturn:
-        """torch.jit.script asks every module for what to compile in its place: the moment to say that nothing is."""
-        raise ModelError(
-            message(
-                "torch.jit.script",
-                got=f"a model with a {type(self).__name__} of batchnorm",
-                expected="layers whose forward TorchScript can compile",
-                fix="Record a call in eval mode: torch.jit.trace(model.eval(), input), or "
-                "torch.export.export(model.eval(), (input,)).",
-            )
-        )
 
     def named_children(self) -> Iterator[tuple[str, Module]]:
         """The layer's children; refuses torch.nn.SyncBatchNorm.convert_sync_batchnorm if there is an activation."""

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from batchnorm._activations import activation_named
 from batchnorm._errors import InputError, message
+from batchnorm.nn._unscriptable import Unscriptable
 
 __all__ = ["Rows", "Unnormalized", "activation_layer", "matched", "rows", "shielded"]
 
@@ -34,7 +35,7 @@ def placed(output: Tensor, input: Tensor, inplace: bool) -> Tensor:
     return input.copy_(output) if inplace else output
 
 
-class Unnormalized(nn.Module):
+class Unnormalized(Unscriptable, nn.Module):
     """y = act(input + residual), and 0 where the mask is 0: one of our batch norms without the batch norm.
 
     It takes the arguments of the layer that it stands for. `activation` is None or one of the layer's
