@@ -129,3 +129,24 @@ def test_what_is_wrong_is_one_line_and_nothing_is_written(
     assert text in (result.stderr if "loader" in text else only_error(result))
     assert result.exit_code == 2
     assert not (tmp_path / "new.pt").exists()
+
+
+def test_the_file_of_the_weights_is_not_written_over(run: Run, tmp_path: Path) -> None:
+    state = saved(run, tmp_path)
+    torch.save({"model": state, "epoch": 3}, tmp_path / "old.pt")
+    (tmp_path / "link.pt").symlink_to(tmp_path / "old.pt")
+    for out in ("old.pt", "link.pt"):
+        result = run(*ARGUMENTS[:-1], out, "--weights", "old.pt")
+        assert result.exit_code == 2
+        assert "the file of --weights" in only_error(result)
+    assert torch.load(tmp_path / "old.pt")["epoch"] == 3
+
+
+def test_averaged_weights_are_those_of_the_model(run: Run, tmp_path: Path) -> None:
+    state = saved(run, tmp_path)
+    prefixed = {f"module.{name}": value for name, value in state.items()}
+    torch.save({"n_averaged": torch.tensor(4), **prefixed}, tmp_path / "swa.pt")
+    assert run(*ARGUMENTS, "--weights", "swa.pt").exit_code == 0
+    new = torch.load(tmp_path / "new.pt")
+    assert list(new) == list(state)
+    assert torch.equal(new["0.weight"], state["0.weight"])

@@ -103,7 +103,7 @@ def test_one_value_in_all_leaves_the_variance() -> None:
         (None, [1, -2, 1], batchnorm.InputError, "got -2"),
         (None, [1, float("nan"), 1], batchnorm.InputError, "got nan"),
         (None, ["1", 1, 1], batchnorm.InputTypeError, "a str"),
-        (None, [{"0": 1}, 1, 1], batchnorm.InputError, "none for 1"),
+        (None, [{}, 1, 1], batchnorm.InputError, "none for 1"),
         (lambda s: s[1].pop("0.bias"), [1, 1, 1], batchnorm.ModelError, "state dict 1: got no 0.bias"),
         (lambda s: s[2].update(more=1), [1, 1, 1], batchnorm.ModelError, "more, which state dict 0 has not"),
         (lambda s: s[2].update({"0.bias": torch.zeros(9)}), [1] * 3, batchnorm.ModelError, r"shape \(9,\)"),
@@ -117,3 +117,11 @@ def test_refused(change: Any, counts: list[Any], error: type[Exception], text: s
         change(states)
     with pytest.raises(error, match=text):
         batchnorm.merge_statistics(states, counts)
+
+
+def test_counts_for_a_layer_that_is_not_there_are_refused() -> None:
+    state = nn.Sequential(nn.BatchNorm1d(2)).state_dict()
+    with pytest.raises(
+        batchnorm.InputError, match=r"counts: got '1', expected the names of batch norm layers: 0"
+    ):
+        batchnorm.merge_statistics([state, state], [{"0": 3, "1": 4}, {"0": 2}])

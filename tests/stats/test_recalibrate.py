@@ -343,3 +343,36 @@ def test_the_same_bits_twice() -> None:
     batchnorm.recalibrate(second, data)
     for one, other in zip(first.buffers(), second.buffers(), strict=True):
         assert same_bits(one, other)
+
+
+def test_layers_frozen_by_freeze_stay_in_either_mode() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 4), nn.BatchNorm1d(4))
+    batchnorm.freeze(model[1], inplace=True)
+    for mode in (True, False):
+        result = batchnorm.recalibrate(model.train(mode), [torch.randn(8, 3) for _ in range(3)])
+        assert [layer.name for layer in result.layers] == ["3"]
+        assert result.skipped[0].reason == "frozen by freeze"
+        assert model[1].running_mean.abs().max() == 0
+
+
+def test_one_sample_says_nothing_about_the_next() -> None:
+    result = batchnorm.recalibrate(nn.Sequential(nn.BatchNorm2d(2)), [torch.randn(1, 2, 5, 5)])
+    assert result.precision == float("inf")
+    assert "on 1 sample: " in str(result)
+    assert "one sample: means not known" in str(result)
+
+
+def test_a_dict_may_hold_more_than_the_forward_takes() -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bn = nn.BatchNorm1d(3)
+
+        def forward(self, image: Tensor) -> Tensor:
+            out: Tensor = self.bn(image)
+            return out
+
+    model = Named()
+    x = torch.randn(9, 3)
+    batchnorm.recalibrate(model, [{"image": x, "label": torch.zeros(9)}])
+    close(model.bn, x.double().mean(0), x.double().var(0))

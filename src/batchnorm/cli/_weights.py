@@ -35,7 +35,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
         ModelError: weights of another model.
         MissingDependencyError: the format needs a package that is not installed.
     """
-    state = _read(path)
+    state = _unwrapped(_read(path), model.state_dict())
     wrong = _differences(model, state)
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
@@ -80,6 +80,14 @@ def _read(path: Path) -> dict[str, Tensor]:
             )
         )
     return dict(loaded)
+
+
+def _unwrapped(state: dict[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Without the prefix that AveragedModel and DistributedDataParallel put before every name."""
+    prefix = "module."
+    inner = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+    rest = [name for name in state if not name.startswith(prefix)]
+    return inner if inner and rest in ([], ["n_averaged"]) and not set(inner) ^ set(own) else state
 
 
 def _is_state(value: Mapping[Any, Any]) -> bool:

@@ -89,7 +89,7 @@ def command(
     batches have spoilt, and for data of another origin than the training data.
     """
     with guarded(context, "interrupted: nothing was written"):
-        _check_targets(out, json)
+        _check_targets(out, json, weights)
         with users_code():
             network, loader = _model(model, weights, device), _loader(data)
         with users_code():
@@ -101,7 +101,15 @@ def command(
         _present(network, result, out, json)
 
 
-def _check_targets(out: Path, json: str | None) -> None:
+def _check_targets(out: Path, json: str | None, weights: Path | None) -> None:
+    if weights is not None and weights.exists() and out.exists() and weights.samefile(out):
+        raise InputError(
+            message(
+                "--out",
+                got=f"{out}, the file of --weights",
+                expected="another file: a checkpoint may hold more than the weights",
+            )
+        )
     check_writable(out)
     check_json_target(json)
     if json not in (None, STDOUT) and Path(str(json)).resolve() == out.resolve():

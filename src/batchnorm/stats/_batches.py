@@ -1,6 +1,7 @@
 """How a model is called with a batch, and how many samples that batch holds."""
 
-from collections.abc import Callable, Iterable, Mapping
+import inspect
+from collections.abc import Callable, Container, Iterable, Mapping
 from itertools import chain
 from typing import Any
 
@@ -48,7 +49,7 @@ def place_of(model: nn.Module) -> torch.device | None:
 
 
 def call(model: nn.Module, batch: Any, forward: Forward | None, device: torch.device | None) -> None:
-    """Run the model: `forward(model, batch)`, or by the kind of the batch.
+    """Run the model: `forward(model, batch)`, or by the kind of the batch. Of a dict it gets what its forward names.
 
     Raises:
         DataError: a batch that no rule is for.
@@ -56,7 +57,9 @@ def call(model: nn.Module, batch: Any, forward: Forward | None, device: torch.de
     if forward is not None:
         forward(model, batch)
     elif isinstance(batch, Mapping):
-        model(**{str(key): _moved(value, device) for key, value in batch.items()})
+        known = _arguments(model)
+        wanted = {str(key): value for key, value in batch.items() if known is None or str(key) in known}
+        model(**{key: _moved(value, device) for key, value in wanted.items()})
     elif isinstance(batch, tuple | list) and batch:
         model(_moved(batch[0], device))
     elif isinstance(batch, Tensor):
@@ -70,6 +73,14 @@ def call(model: nn.Module, batch: Any, forward: Forward | None, device: torch.de
                 fix="Say how the model is called: forward=lambda model, batch: model(...).",
             )
         )
+
+
+def _arguments(model: nn.Module) -> Container[str] | None:
+    """What the forward can be given by name; None: anything. A batch may hold more, such as labels."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    if any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters):
+        return None
+    return {each.name for each in parameters}
 
 
 def samples_in(batch: Any) -> int | None:

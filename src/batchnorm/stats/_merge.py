@@ -64,7 +64,10 @@ def merge_statistics(state_dicts: Sequence[Mapping[str, Any]], counts: Sequence[
     states = list(state_dicts)
     _check(states, list(counts))
     layers = _layers(states[0])
-    general = [max(count.values()) if isinstance(count, Mapping) else float(count) for count in counts]
+    _check_names(counts, layers)
+    general = [
+        max(count.values(), default=0) if isinstance(count, Mapping) else float(count) for count in counts
+    ]
     merged: dict[str, Any] = copy.copy(cast(dict[str, Any], states[0]))  # with its _metadata
     used = [i for i, n in enumerate(general) if n > 0]
     for name, first in states[0].items():
@@ -135,6 +138,16 @@ def _count_of(count: Count, layer: str) -> float:
             )
         )
     return float(count[layer])
+
+
+def _check_names(counts: Sequence[Count], layers: Sequence[str]) -> None:
+    for count in counts:
+        unknown = [name for name in count if name not in layers] if isinstance(count, Mapping) else []
+        if unknown:
+            known = ", ".join(layers[:5]) + (", …" if len(layers) > 5 else "")
+            raise InputError(
+                message("counts", got=repr(unknown[0]), expected=f"the names of batch norm layers: {known}")
+            )
 
 
 def _check(states: Sequence[Any], counts: Sequence[Any]) -> None:

@@ -28,10 +28,13 @@ def precision(pool: Pool, scatter: Tensor, blocks: int, eps: float) -> tuple[flo
     With sample means s of weight w (the number of its positions), W = Σw: the mean is Σws/W and its variance
     V = Σw²(s − mean)²/W² for independent samples. `blocks` stretches of the stream with weight W and mean m show how
     far from independent they are: B = K/(K − 1)·ΣW²(m − mean)²/W². The design effect of the layer is ΣB/σ² over ΣV/σ²
-    (sums over channels), at least 1, and multiplies V.
+    (sums over channels), at least 1, and multiplies V. A single sample: infinite.
     """
     mean, total = pool.values.mean, pool.values.count
     weight = torch.where(total > 0, total, 1.0).square()
+    # W²/Σw² is the number of samples, where they weigh the same. One says nothing about the next.
+    if float(pool.samples.count) > 0 and float(total.square() / pool.samples.count) < 1.0 + 1e-6:
+        return math.inf, 1.0
     unit = pool.values.biased_var + eps
     single = (pool.samples.m2 + pool.samples.count * (pool.samples.mean - mean).square()) / weight / unit
     effect = 1.0

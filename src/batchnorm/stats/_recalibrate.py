@@ -73,7 +73,8 @@ def recalibrate(
     Args:
         model: the network. Inside DataParallel, DistributedDataParallel or torch.compile it is found by itself.
         loader: gives batches: a tensor, the input; a tuple or list, **whose first element is the input**, the others
-            are ignored; or a dict of the model's keyword arguments. Tensors are moved to the model's device.
+            are ignored; or a dict, of which the model gets what its forward has a name for. Tensors are moved to the
+            model's device.
         samples: stop with the batch that reaches this number, over all processes, and by no other rule.
         tolerance: in σ; 0 for the whole loader.
         forward: `forward(model, batch)` runs the model on any other kind of batch, or in another way.

@@ -199,9 +199,12 @@ class Recalibration:
         """The result in one line."""
         layers = f"{len(self.layers)} layer{'s' if len(self.layers) > 1 else ''}"
         passes = f", {self.passes} passes" if self.passes > 1 else ""
+        samples = f"{self.samples:,} sample{'' if self.samples == 1 else 's'}"
+        known = f"means known to ±{self.precision:.2g} σ"
+        if not math.isfinite(self.precision):
+            known = "one sample: means not known"
         return (
-            f"recalibrated {layers} ({self.mode}{passes}) on {self.samples:,} samples: {_STOPPED[self.stopped_by]}; "
-            f"means known to ±{self.precision:.2g} σ"
+            f"recalibrated {layers} ({self.mode}{passes}) on {samples}: {_STOPPED[self.stopped_by]}; {known}"
         )
 
     def _rows(self) -> list[tuple[str, str, str, str]]:

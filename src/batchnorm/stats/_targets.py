@@ -83,6 +83,9 @@ def frozen(root: nn.Module, layer: _BatchNorm) -> str:
         return "frozen: track_running_stats is False"
     if layer.momentum == 0.0:
         return "frozen: momentum is 0"
+    # `batchnorm.freeze` makes `training` a property of the layer's class, whatever mode the model is in.
+    if isinstance(getattr(type(layer), "training", None), property):
+        return "frozen by freeze"
     if root.training and not layer.training:
         return "frozen: in eval mode while the model is in training mode"
     return ""
