@@ -99,7 +99,14 @@ def test_the_process_that_asks_for_a_benchmark_leaves_torch_alone() -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--help"], ["bench", "--help"], ["compare", "--help"], ["env", "--help"], ["explain", "--help"]],
+    [
+        ["--help"],
+        ["bench", "--help"],
+        ["compare", "--help"],
+        ["env", "--help"],
+        ["explain", "--help"],
+        ["fold", "--help"],
+    ],
     ids=" ".join,
 )
 def test_help_leaves_torch_alone(arguments: list[str]) -> None:

@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 import batchnorm
-from batchnorm.cli import bench, compare, env, explain
+from batchnorm.cli import bench, compare, env, explain, fold
 
 __all__ = ["app"]
 
@@ -49,3 +49,4 @@ app.command(
     short_help="Explain batch norm, step by step.",
     context_settings={"allow_extra_args": True},
 )(explain.command)
+app.command("fold", short_help="Fold batch norm into the layers beside it, in a model file.")(fold.command)
