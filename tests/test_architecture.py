@@ -115,6 +115,7 @@ def test_the_process_that_asks_for_a_benchmark_leaves_torch_alone() -> None:
         ["env", "--help"],
         ["explain", "--help"],
         ["recalibrate", "--help"],
+        ["fold", "--help"],
     ],
     ids=" ".join,
 )

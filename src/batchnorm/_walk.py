@@ -247,16 +247,16 @@ class Changes:
         BatchNorm1d(8, eps=1e-05, ...)
     """
 
-    model: nn.Module = field(repr=False)
+    model: Any = field(repr=False)  # a module, or what else `fold` was given
     changed: tuple[Change, ...]
     skipped: tuple[Skipped, ...]
     operation: str = ""
     notes: tuple[str, ...] = ()
-    _original: nn.Module | None = field(default=None, repr=False)
+    _original: Any = field(default=None, repr=False)
     _edits: tuple[_Edit, ...] = field(default=(), repr=False)
     _flags: tuple[tuple[nn.Module, bool], ...] = field(default=(), repr=False)
 
-    def revert(self) -> nn.Module:
+    def revert(self) -> Any:
         """Take the operation back and return the model (the copy, where the operation made one).
 
         The very modules, parameters and buffers of before are in place again, and every training flag is what it

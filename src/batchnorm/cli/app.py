@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 import batchnorm
-from batchnorm.cli import bench, compare, env, explain, recalibrate
+from batchnorm.cli import bench, compare, env, explain, fold, recalibrate
 
 __all__ = ["app"]
 
@@ -52,3 +52,4 @@ app.command(
 app.command("recalibrate", short_help="Renew the running statistics of a model from data.")(
     recalibrate.command
 )
+app.command("fold", short_help="Fold batch norm into the layers beside it, in a model file.")(fold.command)

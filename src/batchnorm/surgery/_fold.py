@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import nn
 
@@ -9,6 +10,7 @@ from batchnorm._errors import ModelError, message
 from batchnorm._walk import Changes, Plan, prepared
 from batchnorm.surgery import _kinds as kinds
 from batchnorm.surgery._fitness import has_more, outside, unfit_norm, unfit_pair, unfit_producer
+from batchnorm.surgery._fold_any import fold_graph
 from batchnorm.surgery._folding import Folded, Norm, dimensions, takes_shift
 from batchnorm.surgery._links import Links
 from batchnorm.surgery._rank import ranks
@@ -19,7 +21,7 @@ from batchnorm.surgery._verify import Example
 __all__ = ["fold"]
 
 
-def fold(model: nn.Module, example: object = None, *, inplace: bool = False) -> Changes:
+def fold(model: Any, example: object = None, *, inplace: bool = False) -> Changes:
     r"""Fold batch norm into the convolution or linear layer beside it: the same outputs, for inference.
 
     $$y = \frac{\gamma}{\sqrt{\mathrm{var} + \varepsilon}} (W x + b - \mathrm{mean}) + \beta$$
@@ -42,20 +44,27 @@ def fold(model: nn.Module, example: object = None, *, inplace: bool = False) -> 
     followed, the largest parts that can be are folded each by itself, and `notes` says so. That is safe unless
     something outside reaches into such a part; an example checks it.
 
+    An exported program (`torch.export`) and an ONNX model, or their files, are folded by their graphs into a new one:
+    `changes.model` is what `torch.export.save` and `onnx.save` write. A batch norm next to another batch norm, one in
+    a branch or a loop, and a layer whose weight is no constant or is used twice stay; an ONNX model needs operator set
+    7 or newer and the package onnx. `batchnorm fold` does the same on the command line.
+
     Args:
-        model: any module in evaluation mode.
+        model: any module in evaluation mode, a `torch.export.ExportedProgram`, an `onnx.ModelProto`, or the path of a
+            `.pt2` or an `.onnx` file.
         example: the arguments of one call: a tensor, a tuple of positional or a dictionary of keyword arguments. The
             model is run on it before and after; `notes` has the error of each output. A relative error (to the
             largest value) above √eps of the dtype, 3.5e-4 for float32, is an error.
-        inplace: change `model` itself; else a deep copy is changed. Weights and biases that are folded are new
-            parameters either way.
+        inplace: change `model` itself, a module; else a deep copy is changed. Weights and biases that are folded are
+            new parameters either way.
 
     Returns:
         Changes: `model` is the folded network, `changed` has one entry a batch norm that went; `revert()` takes it
         back.
 
     Raises:
-        InputTypeError: `model` is no module.
+        InputTypeError: `model` is none of these.
+        InputError: `inplace` with another thing than a module; a file of another kind, or none.
         ModelError: the model is in training mode, scripted, wrapped for distributed training or cannot be copied; the
             example does not run, or gives something else after folding. Nothing is changed then.
 
@@ -76,6 +85,8 @@ def fold(model: nn.Module, example: object = None, *, inplace: bool = False) -> 
         >>> changes.changed[0].note
         'folded into 0, which has a bias now'
     """
+    if not isinstance(model, nn.Module):
+        return fold_graph(model, example, inplace=inplace)
     target = prepared(model, operation="fold", inplace=inplace)
     if target.training:
         raise ModelError(

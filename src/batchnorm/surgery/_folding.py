@@ -1,15 +1,16 @@
 """The arithmetic of folding: batch norm with given statistics is y = s·x + t in each channel, and so is a layer."""
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from batchnorm.surgery import _kinds as kinds
 
-__all__ = ["Folded", "Norm", "dimensions", "takes_shift"]
+__all__ = ["Folded", "Norm", "Weights", "dimensions", "reaches_all", "takes_shift"]
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
@@ -35,14 +36,32 @@ def takes_shift(layer: nn.Module) -> str:
     size: Any = layer.kernel_size
     padding: Any = layer.padding
     if isinstance(layer, _TRANSPOSED):
-        single = set(size) == set(layer.stride) == {1}
-        plain = single and set(padding) == {0} and set(layer.output_padding) == {0}
+        return reaches_all(size, padding, stride=layer.stride, more=layer.output_padding)
+    return reaches_all(size, padding if layer.padding_mode == "zeros" else "valid")
+
+
+def reaches_all(
+    kernel: Sequence[int],
+    padding: Sequence[int] | str,
+    *,
+    stride: Sequence[int] | None = None,
+    more: Sequence[int] = (),
+) -> str:
+    """Why a convolution's output places do not all see as many places of the input; "" where they do.
+
+    Args:
+        kernel: its size on each axis.
+        padding: with zeros; a size of one that is 'same' pads nothing.
+        stride: of a transposed convolution; None for another one.
+        more: a transposed convolution's output padding.
+    """
+    if stride is not None:
+        single = set(kernel) | set(stride) <= {1} and not isinstance(padding, str)
+        plain = single and set(padding) <= {0} and set(more) <= {0}
         return "" if plain else "it reaches the places of a transposed convolution's output unequally often"
-    pads = padding not in ("valid", "same") and set(padding) != {0}
-    pads = pads or (padding == "same" and set(size) != {1})
-    if pads and layer.padding_mode == "zeros":
-        return "the zeros that the layer pads its input with do not get it"
-    return ""
+    same = isinstance(padding, str) and padding != "valid" and set(kernel) != {1}
+    pads = same or not (isinstance(padding, str) or set(padding) <= {0})
+    return "the zeros that the layer pads its input with do not get it" if pads else ""
 
 
 def _float64(tensor: Tensor | None, size: int, default: float) -> Tensor:
@@ -70,11 +89,28 @@ class Norm:
     def of(cls, module: nn.Module) -> "Norm":
         """The numbers of a layer."""
         size = int(module.num_features)  # type: ignore[arg-type]
-        mean = _float64(module._buffers["running_mean"], size, 0.0)
-        var = _float64(module._buffers["running_var"], size, 1.0)
-        gamma = _float64(module._parameters.get("weight"), size, 1.0)
-        beta = _float64(module._parameters.get("bias"), size, 0.0)
-        return cls(mean, gamma / (var + float(module.eps)).sqrt(), beta)  # type: ignore[arg-type]
+        return cls.given(
+            size,
+            module._buffers["running_mean"],
+            module._buffers["running_var"],
+            module._parameters.get("weight"),
+            module._parameters.get("bias"),
+            float(module.eps),  # type: ignore[arg-type]
+        )
+
+    @classmethod
+    def given(
+        cls,
+        size: int,
+        mean: Tensor | None,
+        var: Tensor | None,
+        gamma: Tensor | None,
+        beta: Tensor | None,
+        eps: float,
+    ) -> "Norm":
+        """These numbers; what is None is that of a new layer."""
+        scale = _float64(gamma, size, 1.0) / (_float64(var, size, 1.0) + eps).sqrt()
+        return cls(_float64(mean, size, 0.0), scale, _float64(beta, size, 0.0))
 
     def after(self, first: "Norm") -> "Norm":
         """This batch norm of the first one's output: s₂·(s₁·(x − m₁) + β₁ − m₂) + β₂."""
@@ -96,21 +132,32 @@ class Norm:
         return self.shift - self.mean * self.scale
 
 
-class Folded:
-    """The weight and the bias of a layer while batch norms are folded into it, in float64 on the CPU."""
+@dataclass
+class Weights:
+    """The weight (out, in / groups, *kernel) and the bias of a layer while batch norms are folded into it, in float64.
 
-    def __init__(self, layer: nn.Module) -> None:
-        self.layer = layer
-        self.width = kinds.width(layer)
-        self.groups = 1 if isinstance(layer, nn.Linear) else int(layer.groups)  # type: ignore[arg-type]
-        self.transposed = isinstance(layer, _TRANSPOSED)
-        self.weight = _float64(layer._parameters["weight"], 0, 0.0)
-        self.bias = _float64(layer._parameters.get("bias"), self.width, 0.0)
+    A transposed convolution's weight is (in, out / groups, *kernel).
+    """
 
-    def then(self, norm: Norm) -> "Folded":
+    weight: Tensor
+    bias: Tensor
+    groups: int = 1
+    transposed: bool = False
+
+    @property
+    def width(self) -> int:
+        """How many channels the layer gives."""
+        return self.weight.shape[1] * self.groups if self.transposed else self.weight.shape[0]
+
+    @property
+    def depth(self) -> int:
+        """How many channels the layer takes."""
+        return self.weight.shape[0] if self.transposed else self.weight.shape[1] * self.groups
+
+    def then(self, norm: Norm) -> Self:
         """Batch norm behind the layer: W ← s·W, b ← s·(b − mean) + β, per channel of the output."""
         new, shape = copy.copy(self), self.weight.shape
-        if self.transposed:  # (in, out / groups, *kernel): the channels of a group's output lie on axis 1
+        if self.transposed:  # the channels of a group's output lie on axis 1
             grouped = self.weight.reshape(self.groups, shape[0] // self.groups, *shape[1:])
             scale = norm.scale.reshape(self.groups, 1, shape[1], *[1] * (len(shape) - 2))
             new.weight = (grouped * scale).reshape(shape)
@@ -119,22 +166,40 @@ class Folded:
         new.bias = norm.scale * (self.bias - norm.mean) + norm.shift
         return new
 
-    def preceded(self, norm: Norm) -> "Folded":
+    def preceded(self, norm: Norm) -> Self:
         """Batch norm before the layer: W ← W·s per channel of the input, b ← b + Σ W·t."""
         new, shape, kernel = copy.copy(self), self.weight.shape, [1] * (self.weight.dim() - 2)
         spread = tuple(range(2, self.weight.dim()))
         taps = self.weight.sum(spread) if spread else self.weight
+        grouped = taps.reshape(self.groups, shape[0] // self.groups, shape[1])
+        offset = norm.offset.reshape(self.groups, -1)
         if self.transposed:
-            grouped = taps.reshape(self.groups, shape[0] // self.groups, shape[1])
-            shift = torch.einsum("gio,gi->go", grouped, norm.offset.reshape(self.groups, -1))
+            shift = torch.einsum("gio,gi->go", grouped, offset)
             new.weight = self.weight * norm.scale.reshape(-1, 1, *kernel)
         else:
-            grouped = taps.reshape(self.groups, shape[0] // self.groups, shape[1])
-            shift = torch.einsum("goi,gi->go", grouped, norm.offset.reshape(self.groups, -1))
+            shift = torch.einsum("goi,gi->go", grouped, offset)
             scale = norm.scale.reshape(self.groups, 1, shape[1], *kernel)
             new.weight = (self.weight.reshape(self.groups, -1, *shape[1:]) * scale).reshape(shape)
         new.bias = self.bias + shift.reshape(-1)
         return new
+
+    def fit(self, largest: float) -> bool:
+        """Whether all numbers that are numbers are at most so large."""
+        both = torch.cat([self.weight.reshape(-1), self.bias])
+        return not bool((both.isfinite() & (both.abs() > largest)).any())
+
+
+class Folded(Weights):
+    """The weights of a layer of a model."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__(
+            weight=_float64(layer._parameters["weight"], 0, 0.0),
+            bias=_float64(layer._parameters.get("bias"), kinds.width(layer), 0.0),
+            groups=1 if isinstance(layer, nn.Linear) else int(layer.groups),  # type: ignore[arg-type]
+            transposed=isinstance(layer, _TRANSPOSED),
+        )
+        self.layer = layer
 
     def parameters(self) -> tuple[nn.Parameter, nn.Parameter]:
         """Weight and bias in the layer's dtype, on its device."""
@@ -146,7 +211,5 @@ class Folded:
 
     @property
     def fits(self) -> bool:
-        """Whether the dtype of the layer can hold the numbers, where they are numbers."""
-        largest = torch.finfo(_held(self.layer, "weight").dtype).max
-        both = torch.cat([self.weight.reshape(-1), self.bias])
-        return not bool((both.isfinite() & (both.abs() > largest)).any())
+        """Whether the dtype of the layer can hold the numbers."""
+        return self.fit(torch.finfo(_held(self.layer, "weight").dtype).max)
