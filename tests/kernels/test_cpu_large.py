@@ -120,3 +120,39 @@ def test_nan_in_one_channel_of_half_types_stays_there() -> None:
             axis = 0 if one.dim() == 1 else 1
             assert same_bits(one.index_select(axis, others), other.index_select(axis, others))
         assert dirty[1][0, 2].isnan()
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "short"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_gradients_beside_one_that_is_much_larger(dtype: torch.dtype, layout: str) -> None:
+    """Wherever it stands: the first one's value must not be taken off all others in float."""
+    shape = (400, 3, 5, 6) if layout == "short" else (4, 3, 60, 51)
+    x, dy = torch.randn(shape).to(dtype), (torch.rand(shape) * 1e-3).to(dtype)
+    for channel, place in enumerate((0, -1)):
+        dy[place, channel, place, place] = 6e4
+    kind = "channels_last" if layout == "channels_last" else "contiguous"
+    x, dy = lay_out(x, kind), lay_out(dy, kind)
+    mean, m2, count = reference.moments(x.double(), None, 1)
+    call = (mean, (m2 / count).rsqrt(), None, None, torch.empty(0, dtype=torch.uint8), False, None, None, 0.0)
+    room = 3e-7 * dy.double().abs().sum(dim=(0, 2, 3))
+    truth = reference.grad_sums(dy.double(), x.double(), *call)
+    for one, other in zip(launch.grad_sums(dy, x, *call), truth, strict=True):
+        assert ((one - other).abs() <= room).all()
+
+
+# Rows of 4 · 1 · 255 and 16 · 99 elements side by side, and a last one of more than a tile (512 elements).
+@pytest.mark.parametrize("shape", [(261, 255), (1007, 99), (263, 51, 5)], ids=str)
+def test_a_last_row_longer_than_a_tile(shape: tuple[int, ...]) -> None:
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        x, dy, r = ((torch.randn(shape) + 1).to(dtype) for _ in range(3))
+        mine = step(x, dy, r, None)
+        weight, bias = torch.linspace(-1, 2, shape[1]).double(), torch.linspace(1, -1, shape[1]).double()
+        wide = x.double(), weight, bias, r.double()
+        y, mean, var, count, saved = reference.forward(*wide, None, 1, EPS, None, SLOPE)
+        grads = reference.backward(
+            dy.double(), wide[0], mean, var, count, weight, bias, saved, True, None, EPS, None, SLOPE
+        )
+        room = torch.finfo(dtype).eps if dtype == torch.bfloat16 else 1e-6
+        for one, truth in zip(mine, (y, mean, var, *grads), strict=True):
+            assert truth is not None
+            assert (one.double() - truth).abs().max() <= room * truth.abs().max()

@@ -190,26 +190,31 @@ void block_sums(const Job<T>& job, int64_t strip, int64_t e, int64_t rows, int64
 }
 
 // A value near a channel's g, so that an offset of the gradient reaches the product with d cancelled. Any one of n
-// values will do, being within σ·√n of their mean. In float64, where sums have no digits to spare, the mean of 16.
+// values will do for float, being within σ·√n of their mean. In float64, where sums have no digits to spare, the mean of
+// 16. Where some rows are added up in float, the smallest of a few from everywhere: beside a value that is much larger
+// than all others, they would lose their digits.
 template <class T, Act A, From F>
 double near_gradient(const Job<T>& job, int64_t c) {
   const View& v = job.v;
+  constexpr bool smallest = sizeof(T) == 2;
   const int64_t first = v.first(c), j = v.planes ? c : first;
   const Wide<T>* k = job.coefficients.at(j);
-  const int64_t step = v.planes ? 1 : std::max<int64_t>(1, v.channels * v.inner);
-  const int64_t most = v.planes ? v.inner : v.elements / step;
-  const int64_t count = std::min<int64_t>(most, std::is_same_v<T, double> ? 16 : 1);
-  double start = 0, rest = 0;
+  const int64_t step = std::max<int64_t>(1, v.channels * v.inner);
+  const int64_t most = v.planes ? v.count() : v.elements / step;
+  const int64_t count = std::min<int64_t>(most, std::is_same_v<T, double> ? 16 : smallest ? 4 : 1);
+  const int64_t apart = smallest ? most / count : 1;
+  double start = 0, rest = 0, least = INFINITY;
   for (int64_t i = 0; i < count; ++i) {
-    const int64_t e = first + i * step;
+    const int64_t at = i * apart, e = first + (v.planes ? at / v.inner * v.step + at % v.inner : at * step);
     const bool on = F == From::bits && (job.bits[e / 8] >> (e % 8) & 1);
     const Element<T, A, F> one(job.x[e], job.dy[e], F == From::residual ? job.residual + e : nullptr, on, k,
                                job.slope, job.leaks);
     const double g = one.g;
     if (i == 0) start = g;
+    if (std::fabs(g) < std::fabs(least)) least = g;
     rest += g - start;
   }
-  const double g = start + rest / static_cast<double>(count);
+  const double g = smallest ? least : start + rest / static_cast<double>(count);
   return std::isfinite(g) ? g : 0;
 }
 

@@ -44,7 +44,7 @@ struct Affine {
   Vector weight, bias;
 
   // Of the channels from c on.
-  Affine from(int64_t c) const { 
+  Affine from(int64_t c) const {
     return {mean + c, low ? low + c : nullptr, rstd ? rstd + c : nullptr, weight.from(c), bias.from(c)};
   }
 };

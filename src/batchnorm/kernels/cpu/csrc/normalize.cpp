@@ -40,7 +40,7 @@ struct Op {
     const T* RESTRICT x = job.x + e;
     const T* RESTRICT residual = R == Added::none ? nullptr : job.residual + e;
     T* RESTRICT y = out + at;
-    uint8_t* RESTRICT o = on + at;
+    uint8_t* RESTRICT o = R == Added::bits ? on + at : nullptr;
     const W* RESTRICT coefficients = job.coefficients.at(j);
     const W slope = job.slope;
     INDEPENDENT

@@ -103,7 +103,8 @@ bool is_far(int64_t bytes) { return is_beyond_half(bytes); }
 
 bool prepare(int64_t bytes, void* output, void* second) {
   // A fresh page of 4 KB is in a cache when it is written, because it was just cleared: nothing should go past it.
-  const bool lasting = advise_huge_pages(output, bytes) & (second == nullptr || advise_huge_pages(second, bytes));
+  bool lasting = advise_huge_pages(output, bytes);
+  if (second && !advise_huge_pages(second, bytes)) lasting = false;
 #if defined(__SSE2__)
   return lasting && is_beyond_half(bytes);
 #else

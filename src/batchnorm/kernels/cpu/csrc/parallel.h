@@ -7,6 +7,7 @@
 
 #include <cstdint>
 #include <cstdlib>
+#include <exception>
 #include <memory>
 #include <new>
 
@@ -38,8 +39,17 @@ void for_blocks(int64_t blocks, int64_t elements, bool backwards, const Body& bo
   };
 #ifdef _OPENMP
   if (threads > 1) {
+    std::exception_ptr failure;  // must not leave its thread; body may run out of memory
 #pragma omp parallel num_threads(threads)
-    share(omp_get_thread_num(), omp_get_num_threads());
+    {
+      try {
+        share(omp_get_thread_num(), omp_get_num_threads());
+      } catch (...) {
+#pragma omp critical
+        failure = std::current_exception();
+      }
+    }
+    if (failure) std::rethrow_exception(failure);
     return;
   }
 #endif
