@@ -4,58 +4,49 @@
 
 #pragma once
 
-#include <cmath>
-
 #if defined(__SSE2__)
 #include <emmintrin.h>
 #endif
 
 #include "types.h"
 
-// silu and gelu exist one element at a time only: gcc has no vector form of exp and erf, and the Python side
-// puts PyTorch's operator behind the kernel instead.
+// silu and gelu have no kernel: gcc has no vector form of exp and erf, and the Python side puts PyTorch's operator behind
+// the kernel instead.
 enum class Act : int { none = 0, relu = 1, relu6 = 2, leaky_relu = 3, hardswish = 4, silu = 5, gelu = 6 };
 
 constexpr bool has_bits(Act act) { return act == Act::relu || act == Act::relu6 || act == Act::leaky_relu; }
 
-template <Act A, class W>
-INLINE W activate(W z, W slope) {
-  if constexpr (A == Act::relu) return z <= 0 ? W(0) : z;
-  if constexpr (A == Act::relu6) return z <= 0 ? W(0) : z >= 6 ? W(6) : z;
-  if constexpr (A == Act::leaky_relu) return z > 0 ? z : z * slope;
+template <Act A, class V>
+INLINE V activate(V z, Item<V> slope) {
+  const V zero = filled<V>(0), three = filled<V>(3), six = filled<V>(6);
+  if constexpr (A == Act::relu) return blend<V>(z <= zero, zero, z);
+  if constexpr (A == Act::relu6) return blend<V>(z <= zero, zero, blend<V>(z >= six, six, z));
+  if constexpr (A == Act::leaky_relu) return blend<V>(z > zero, z, z * slope);
   if constexpr (A == Act::hardswish) {
-    const W up = z + 3;
-    return z * (up <= 0 ? W(0) : up >= 6 ? W(6) : up) / 6;
+    const V up = z + three;
+    return z * blend<V>(up <= zero, zero, blend<V>(up >= six, six, up)) / six;
   }
-  if constexpr (A == Act::silu) return z / (1 + std::exp(-z));
-  if constexpr (A == Act::gelu) return z * W(0.5) * (1 + std::erf(z * W(0.70710678118654752440)));
   return z;
 }
 
 // Whether act'(z) is 1 and not the slope.
-template <Act A, class W>
-INLINE bool is_on(W z) {
-  if constexpr (A == Act::relu) return !(z <= 0);
-  if constexpr (A == Act::relu6) return !(z <= 0) & !(z >= 6);
-  return z > 0;
+template <Act A, class V>
+INLINE Mask<V> is_on(V z) {
+  const V zero = filled<V>(0), six = filled<V>(6);
+  if constexpr (A == Act::relu) return is_not<V>(z <= zero);
+  if constexpr (A == Act::relu6) return is_not<V>((z <= zero) | (z >= six));
+  return z > zero;
 }
 
 // g = dy·act'(z)
-template <Act A, class W>
-INLINE W gate(W dy, W z, W slope) {
-  if constexpr (A == Act::relu || A == Act::relu6) return blend(is_on<A>(z), dy, W(0));
-  if constexpr (A == Act::leaky_relu) return blend(is_on<A>(z), dy, dy * slope);
+template <Act A, class V>
+INLINE V gate(V dy, V z, Item<V> slope) {
+  const V zero = filled<V>(0), three = filled<V>(3);
+  if constexpr (A == Act::relu || A == Act::relu6) return blend<V>(is_on<A>(z), dy, zero);
+  if constexpr (A == Act::leaky_relu) return blend<V>(is_on<A>(z), dy, dy * slope);
   if constexpr (A == Act::hardswish) {
-    const W inner = dy * (z / 3 + W(0.5));
-    return blend(z <= -3, W(0), blend(z < 3, inner, dy));
-  }
-  if constexpr (A == Act::silu) {
-    const W sigmoid = 1 / (1 + std::exp(-z));
-    return dy * sigmoid * (1 + z * (1 - sigmoid));
-  }
-  if constexpr (A == Act::gelu) {
-    const W cdf = W(0.5) * (1 + std::erf(z * W(0.70710678118654752440)));
-    return dy * (cdf + z * std::exp(z * z * W(-0.5)) * W(0.39894228040143267794));
+    const V inner = dy * (z / three + filled<V>(0.5));
+    return blend<V>(z <= -three, zero, blend<V>(z < three, inner, dy));
   }
   return dy;
 }

@@ -4,6 +4,7 @@
 
 #include <cmath>
 
+#include "columns.h"
 #include "elementwise.h"
 
 namespace {
@@ -24,149 +25,116 @@ struct Job {
   bool leaks, far;
 };
 
-// One element: d = x − mean and g, from the coefficients at k. `on` is the bit of act' where there is one.
-template <class T, Act A, From F>
+// One element or a pack: d = x − mean and g. k(number) is a coefficient, `on` the bit of act' where there is one.
+template <Act A, From F, class V>
 struct Element {
-  Wide<T> d, g;
+  V d, g;
 
-  INLINE Element(T x, T dy, const T* residual, uint8_t on, const Wide<T>* k, Wide<T> slope, bool leaks) {
-    d = (widen(x) - k[high * tile]) - k[low * tile];
-    g = widen(dy);
+  template <class K, class R>
+  INLINE Element(V x, V dy, const R& residual, Mask<V> on, const K& k, Item<V> slope, bool leaks) {
+    d = (x - k(high)) - k(low);
+    g = dy;
     if constexpr (F == From::bits) {
-      g = blend(on, g, blend(leaks, g * slope, Wide<T>(0)));
+      g = blend<V>(on, g, blend<V>(everywhere<V>(leaks), g * slope, filled<V>(0)));
     } else if constexpr (A != Act::none) {
-      Wide<T> z = d * k[scale * tile] + k[bias * tile];
-      if constexpr (F == From::residual) z += widen(*residual);
+      V z = d * k(scale) + k(bias);
+      if constexpr (F == From::residual) z += residual();
       g = gate<A>(g, z, slope);
     }
   }
 };
 
-constexpr int64_t together = 2;    // rows added to the sums at a time; more have more addresses than registers
-constexpr int64_t in_part = 16;    // rows added up in float before they become double
-constexpr int64_t on_row = short_run + 16;  // room for the bits of a row, as bytes
+// Those from element e on.
+template <class V, Act A, From F, class T, class K>
+INLINE Element<A, F, V> element(const Job<T>& job, int64_t e, const K& k) {
+  Mask<V> on{};
+  if constexpr (F == From::bits) on = on_of<V>(job.bits, e);
+  return {load<V>(job.x + e), load<V>(job.dy + e), [&]() INLINE_LAMBDA { return load<V>(job.residual + e); }, on, k, job.slope, job.leaks};
+}
 
-// Σ(g − shift), Σd and their product for up to short_run lanes, in P and what has become double. In P, d is counted in
-// units of about a standard deviation, a power of two, so that no product is lost.
-template <class P>
+// The sums of a channel or a lane: Σ(g − shift), Σd and their product.
 struct Sums {
-  static constexpr bool direct = std::is_same_v<P, double>;
-  alignas(64) P part[3][short_run];
-  alignas(64) double rest[3][direct ? 1 : short_run];
-
-  INLINE double* sum(int k) {
-    if constexpr (direct) return part[k];
-    else return rest[k];
-  }
+  alignas(64) double of[3][short_run];
 
   INLINE void clear(int64_t lanes) {
-    for (int k = 0; k < 3; ++k)
-      for (int64_t l = 0; l < lanes; ++l) part[k][l] = sum(k)[l] = 0;
-  }
-
-  INLINE void flush(int64_t lanes) {
-    if constexpr (direct) return;
-    for (int k = 0; k < 3; ++k) {
-      double* RESTRICT sum = rest[k];
-      for (int64_t l = 0; l < lanes; ++l) {
-        sum[l] += part[k][l];
-        part[k][l] = 0;
-      }
-    }
+    for (auto& sum : of) std::fill_n(sum, lanes, 0.0);
   }
 };
 
-// Adds R rows × lanes. `Same`: one channel, with coefficients 0.
-template <int R, bool Same, Act A, From F, class T>
-INLINE void add_rows(const Job<T>& job, int64_t e, int64_t stride, int64_t lanes, int64_t j, Sums<Partial<T>>& sums) {
-  using P = Partial<T>;
-  const T* RESTRICT x = job.x + e;
-  const T* RESTRICT dy = job.dy + e;
-  const T* RESTRICT residual = F == From::residual ? job.residual + e : nullptr;
-  const Wide<T>* RESTRICT coefficients = job.coefficients.at(j);
-  P* RESTRICT part = sums.part[0];
-  const Wide<T> slope = job.slope;
-  const bool leaks = job.leaks;
-  uint8_t bytes[F == From::bits ? R * on_row : 1];
-  const uint8_t* on[R] = {};
-  if constexpr (F == From::bits)
-    for (int r = 0; r < R; ++r) on[r] = unpack_bits(job.bits, e + r * stride, lanes, bytes + r * on_row);
-  INDEPENDENT
-  for (int64_t l = 0; l < lanes; ++l) {
-    const Wide<T>* k = coefficients + (Same ? 0 : l);
-    const P s = static_cast<P>(k[shift * tile]), u = static_cast<P>(k[unit * tile]);
-    P a = part[l], b = part[short_run + l], ab = part[2 * short_run + l];
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-      const int64_t i = r * stride + l;
-      const Element<T, A, F> one(x[i], dy[i], F == From::residual ? residual + i : nullptr,
-                                 F == From::bits ? on[r][l] : uint8_t{0}, k, slope, leaks);
-      const P g = static_cast<P>(one.g) - s, d = static_cast<P>(one.d) * u;
-      a += g;
-      b += d;
-      ab += g * d;
-    }
-    part[l] = a;
-    part[short_run + l] = b;
-    part[2 * short_run + l] = ab;
+// Adds one lane, in double, one element after the other: where there are few lanes, or one was too much for P.
+template <class T, Act A, From F>
+void add_lane(const Job<T>& job, int64_t e, int64_t stride, int64_t rows, int64_t j, double* const (&sums)[3]) {
+  const Wide<T>* k = job.coefficients.at(j);
+  for (int64_t r = 0; r < rows; ++r, e += stride) {
+    const auto one = element<Wide<T>, A, F>(job, e, [&](int number) { return k[number * tile]; });
+    const double g = static_cast<double>(one.g) - k[shift * tile], d = static_cast<double>(one.d) * k[unit * tile];
+    *sums[0] += g;
+    *sums[1] += d;
+    *sums[2] += g * d;
   }
 }
 
+// Adds rows × lanes, some rows in P before they become double; there, d is counted in units of about a standard deviation, a
+// power of two, so that no product is lost. `Same`: one channel, with coefficients 0.
 template <bool Same, Act A, From F, class T>
-INLINE void add(const Job<T>& job, int64_t e, int64_t stride, int64_t rows, int64_t lanes, int64_t j,
-                Sums<Partial<T>>& sums) {
-  const int64_t ahead = rows_ahead<T>(together, stride);
-  constexpr int64_t most = std::is_same_v<Partial<T>, float> ? in_part : INT64_MAX;
-  for (int64_t start = 0, end; start < rows; start = end) {
-    end = start + std::min(rows - start, most);
-    int64_t r = start;
-    for (; r + together <= end; r += together) {
-      for (int64_t i = r; job.far && i < r + together; ++i) {
-        prefetch(job.x + e + i * stride, ahead * stride, lanes);
-        prefetch(job.dy + e + i * stride, ahead * stride, lanes);
-        if constexpr (F == From::residual) prefetch(job.residual + e + i * stride, ahead * stride, lanes);
-      }
-      add_rows<together, Same, A, F>(job, e + r * stride, stride, lanes, j, sums);
+INLINE void add(const Job<T>& job, int64_t e, int64_t stride, int64_t rows, int64_t lanes, int64_t j, Sums& sums) {
+  using P = Partial<T>;
+  using V = Pack<Wide<T>>;
+  using PV = Like<V, P>;
+  const Wide<T>* const coefficients = job.coefficients.at(j);
+  Ahead<T> ahead(stride, lanes, job.far);
+  const auto add_two = [&](int64_t start, int64_t n, int64_t l, int64_t skip) INLINE_LAMBDA {
+    V k[2][bias + 1];
+    PV s[2], u[2], a[2] = {}, b[2] = {}, ab[2] = {};
+    for (int g = 0; g < 2; ++g) {
+      const Wide<T>* const at = coefficients + (Same ? 0 : l + g * narrow_pack);
+      for (int number = 0; number <= bias; ++number) k[g][number] = coefficient<V, Same>(at + number * tile);
+      s[g] = converted<V, P>(coefficient<V, Same>(at + shift * tile));
+      u[g] = converted<V, P>(coefficient<V, Same>(at + unit * tile));
     }
-    for (; r < end; ++r) add_rows<1, Same, A, F>(job, e + r * stride, stride, lanes, j, sums);
-    sums.flush(lanes);
-  }
+    if (l == 0) ahead.start(start);
+    int64_t row = e + start * stride + l;
+    for (int64_t r = 0; r < n; ++r, row += stride) {
+      F == From::residual ? ahead.step(job.x + e, job.dy + e, job.residual + e) : ahead.step(job.x + e, job.dy + e);
+      for (int g = 0; g < 2; ++g) {
+        const auto one =
+            element<V, A, F>(job, row + g * narrow_pack, [&](int number) INLINE_LAMBDA { return k[g][number]; });
+        PV d = converted<V, P>(one.d);
+        if constexpr (std::is_same_v<P, float>) d *= u[g];
+        const PV dg = converted<V, P>(one.g) - s[g];
+        a[g] += dg;
+        b[g] += d;
+        ab[g] += dg * d;
+      }
+    }
+    add_to(sums.of[0] + l, a, skip);
+    add_to(sums.of[1] + l, b, skip);
+    add_to(sums.of[2] + l, ab, skip);
+  };
+  for_columns<T>(rows, lanes, add_two, [&](int64_t l) {
+    add_lane<T, A, F>(job, e + l, stride, rows, Same ? j : j + l, {sums.of[0] + l, sums.of[1] + l, sums.of[2] + l});
+  });
 }
 
 // Of `rows` rows of `lanes` lanes.
 template <class T, Act A, From F>
 CLONES void lanes_sums(const Job<T>& job, int64_t e, int64_t rows, int64_t lanes, int64_t j, double* const (&out)[3]) {
-  Sums<Partial<T>> sums;
+  Sums sums;
   sums.clear(lanes);
   add<false, A, F>(job, e, job.v.width, rows, lanes, j, sums);
-  for (int k = 0; k < 3; ++k) std::copy_n(sums.sum(k), lanes, out[k]);
+  for (int k = 0; k < 3; ++k) std::copy_n(sums.of[k], lanes, out[k]);
 }
 
 // Of one channel's runs in a strip.
 template <class T, Act A, From F>
 CLONES void run_sums(const Job<T>& job, int64_t strip, int64_t c, double* const (&out)[3]) {
-  Sums<Partial<T>> sums;
+  Sums sums;
   const int64_t lanes = sums_along(job.v);
   sums.clear(lanes);
   for_runs(job.v, strip, c, [&](int64_t e, int64_t stride, int64_t rows, int64_t width) INLINE_LAMBDA {
     add<true, A, F>(job, e, stride, rows, width, c, sums);
   });
-  for (int k = 0; k < 3; ++k) *out[k] = fold(sums.sum(k), lanes);
-}
-
-// One lane of a block once more, in double: it was too much for P. Few are, so that one element after the other will do.
-template <class T, Act A, From F>
-void lane_again(const Job<T>& job, int64_t e, int64_t stride, int64_t rows, int64_t j, double (&sums)[3]) {
-  const Wide<T>* k = job.coefficients.at(j);
-  for (int64_t r = 0; r < rows; ++r, e += stride) {
-    const bool on = F == From::bits && (job.bits[e / 8] >> (e % 8) & 1);
-    const Element<T, A, F> one(job.x[e], job.dy[e], F == From::residual ? job.residual + e : nullptr, on, k, job.slope,
-                               job.leaks);
-    const double g = static_cast<double>(one.g) - k[shift * tile], d = static_cast<double>(one.d) * k[unit * tile];
-    sums[0] += g;
-    sums[1] += d;
-    sums[2] += g * d;
-  }
+  for (int k = 0; k < 3; ++k) *out[k] = fold(sums.of[k], lanes);
 }
 
 // Of one channel in a strip of planes, or of `rows` rows of `lanes` lanes from element e on. A channel with NaN changes
@@ -179,13 +147,13 @@ void block_sums(const Job<T>& job, int64_t strip, int64_t e, int64_t rows, int64
   if constexpr (std::is_same_v<Partial<T>, double>) return;
   for (int64_t l = 0; l < lanes; ++l) {
     if (std::isfinite(out[0][l]) && std::isfinite(out[1][l]) && std::isfinite(out[2][l])) continue;
-    double sums[3] = {};
-    if (!v.planes) lane_again<T, A, F>(job, e + l, v.width, rows, j + l, sums);
+    double* const sums[] = {out[0] + l, out[1] + l, out[2] + l};
+    for (double* sum : sums) *sum = 0;
+    if (!v.planes) add_lane<T, A, F>(job, e + l, v.width, rows, j + l, sums);
     if (v.planes)
       for_runs(v, strip, j, [&](int64_t first, int64_t stride, int64_t count, int64_t width) {
-        for (int64_t i = 0; i < width; ++i) lane_again<T, A, F>(job, first + i, stride, count, j, sums);
+        for (int64_t i = 0; i < width; ++i) add_lane<T, A, F>(job, first + i, stride, count, j, sums);
       });
-    for (int k = 0; k < 3; ++k) out[k][l] = sums[k];
   }
 }
 
@@ -206,9 +174,7 @@ double near_gradient(const Job<T>& job, int64_t c) {
   double start = 0, rest = 0, least = INFINITY;
   for (int64_t i = 0; i < count; ++i) {
     const int64_t at = i * apart, e = first + (v.planes ? at / v.inner * v.step + at % v.inner : at * step);
-    const bool on = F == From::bits && (job.bits[e / 8] >> (e % 8) & 1);
-    const Element<T, A, F> one(job.x[e], job.dy[e], F == From::residual ? job.residual + e : nullptr, on, k,
-                               job.slope, job.leaks);
+    const auto one = element<Wide<T>, A, F>(job, e, [&](int number) { return k[number * tile]; });
     const double g = one.g;
     if (i == 0) start = g;
     if (std::fabs(g) < std::fabs(least)) least = g;
@@ -289,49 +255,40 @@ struct Op {
   const InputJob<T>& all;
   alignas(64) T buffer[streamed];
   alignas(64) T g_buffer[Keeps ? streamed : 1];
-  alignas(64) uint8_t bytes[F == From::bits ? mini_block + 16 : 1];
-  const uint8_t* on = nullptr;
   T *dx = nullptr, *g = nullptr;
 
   INLINE explicit Op(const InputJob<T>& all) : all(all) {}
   INLINE bool streaming() const { return all.streaming; }
 
-  INLINE void begin(int64_t e, int64_t n) {
+  INLINE void begin(int64_t e, int64_t) {
     dx = all.streaming ? buffer : all.dx + e;
     if constexpr (Keeps) g = all.streaming ? g_buffer : all.g + e;
-    if constexpr (F == From::bits) on = unpack_bits(all.job.bits, e, n, bytes);
-  }
-
-  INLINE void ahead(int64_t e, int64_t n) const {
-    const Job<T>& job = all.job;
-    if (!job.far) return;
-    prefetch(job.x + e, 0, n);
-    prefetch(job.dy + e, 0, n);
-    if constexpr (F == From::residual) prefetch(job.residual + e, 0, n);
   }
 
   template <bool Same>
   INLINE void run(int64_t e, int64_t length, int64_t j, int64_t at) {
-    const Job<T>& job = all.job;
-    const T* RESTRICT x = job.x + e;
-    const T* RESTRICT dy = job.dy + e;
-    const T* RESTRICT residual = F == From::residual ? job.residual + e : nullptr;
-    const uint8_t* RESTRICT o = F == From::bits ? on + at : nullptr;
+    const Job<T> job = all.job;  // a copy: what is stored may lie anywhere for all the compiler knows
     T* RESTRICT dxs = dx + at;
     T* RESTRICT gs = Keeps ? g + at : nullptr;
-    const W* RESTRICT coefficients = job.coefficients.at(j);
-    const W slope = job.slope;
-    const bool leaks = job.leaks;
-    INDEPENDENT
-    for (int64_t i = 0; i < length; ++i) {
-      const W* k = coefficients + (Same ? 0 : i);
-      const Element<T, A, F> one(x[i], dy[i], F == From::residual ? residual + i : nullptr,
-                                 F == From::bits ? o[i] : uint8_t{0}, k, slope, leaks);
-      // (9), with the gradient's offset gone before anything is multiplied
-      const W rest = (one.g - k[mean_g * tile]) - k[low_g * tile];
-      narrow((rest - one.d * k[slope_x * tile]) * k[scale * tile], dxs[i]);
-      if constexpr (Keeps) narrow(one.g, gs[i]);
-    }
+    const Coefficient<W, numbers, Same> k(job.coefficients.at(j));
+    for_packs<W>(
+        length,
+        [&](int64_t i, auto lanes) INLINE_LAMBDA {
+          using V = decltype(lanes);
+          if (job.far) {
+            prefetch(job.x + e + i + ahead<T>);
+            prefetch(job.dy + e + i + ahead<T>);
+            if constexpr (F == From::residual) prefetch(job.residual + e + i + ahead<T>);
+          }
+          return element<V, A, F>(job, e + i, [&](int number) INLINE_LAMBDA { return k.template at<V>(number, i); });
+        },
+        [&](int64_t i, const auto& one) INLINE_LAMBDA {
+          using V = std::decay_t<decltype(one.d)>;
+          // (9), with the gradient's offset gone before anything is multiplied
+          const V rest = (one.g - k.template at<V>(mean_g, i)) - k.template at<V>(low_g, i);
+          store((rest - one.d * k.template at<V>(slope_x, i)) * k.template at<V>(scale, i), dxs + i);
+          if constexpr (Keeps) store(one.g, gs + i);
+        });
   }
 
   INLINE void end(int64_t e, int64_t n) {

@@ -9,42 +9,51 @@
 #include <algorithm>
 #include <cmath>
 
+#include "columns.h"
 #include "kernels.h"
 
 namespace {
 
 constexpr int64_t chunk = 128;  // rows about one pilot
-constexpr int64_t run_pilot = 256;
+constexpr int64_t run_pilot = 256, row_pilot = 4;
 
-// Adds rows × lanes of x − shift and its square, `unrolled` rows in P before they become double. With `Same` all lanes
-// have shift[0].
-template <class P, int R, bool Same, class T>
-INLINE void add_rows(const T* RESTRICT x, int64_t stride, int64_t lanes, const double* RESTRICT shift,
-                     double* RESTRICT sum, double* RESTRICT square) {
-  for (int64_t l = 0; l < lanes; ++l) {
-    const P s = static_cast<P>(shift[Same ? 0 : l]);
-    P a = 0, b = 0;
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-      const P d = widen(x[r * stride + l]) - s;
-      a += d;
-      b += d * d;
-    }
-    sum[l] += a;
-    square[l] += b;
+// One lane of them.
+template <class T>
+void add_lane(const T* x, int64_t stride, int64_t rows, double shift, double& sum, double& square) {
+  for (int64_t r = 0; r < rows; ++r, x += stride) {
+    const double d = static_cast<double>(widen(*x)) - shift;
+    sum += d;
+    square += d * d;
   }
 }
 
+// Adds rows × lanes of x − shift and its square, some rows in P before they become double. With `Same` all lanes have
+// shift[0].
 template <class P, bool Same, class T>
-INLINE void add(const T* x, int64_t stride, int64_t rows, int64_t lanes, bool far, const double* shift, double* sum,
-                double* square) {
-  int64_t r = 0;
-  const int64_t ahead = rows_ahead<T>(unrolled, stride);
-  for (; r + unrolled <= rows; r += unrolled) {
-    for (int64_t i = r; far && i < r + unrolled; ++i) prefetch(x + i * stride, ahead * stride, lanes);
-    add_rows<P, unrolled, Same>(x + r * stride, stride, lanes, shift, sum, square);
-  }
-  for (; r < rows; ++r) add_rows<P, 1, Same>(x + r * stride, stride, lanes, shift, sum, square);
+INLINE void add(const T* RESTRICT x, int64_t stride, int64_t rows, int64_t lanes, bool far, const double* RESTRICT shift,
+                double* RESTRICT sum, double* RESTRICT square) {
+  using V = Pack<Wide<T>>;
+  using D = Like<V, double>;
+  Ahead<T> ahead(stride, lanes, far);
+  const auto add_two = [&](int64_t start, int64_t n, int64_t l, int64_t skip) INLINE_LAMBDA {
+    Like<V, P> s[2], a[2] = {}, b[2] = {};
+    for (int g = 0; g < 2; ++g)
+      s[g] = converted<D, P>(coefficient<D, Same>(shift + (Same ? 0 : l + g * narrow_pack)));
+    if (l == 0) ahead.start(start);
+    const T* RESTRICT row = x + start * stride + l;
+    for (int64_t r = 0; r < n; ++r, row += stride) {
+      ahead.step(x);
+      for (int g = 0; g < 2; ++g) {
+        const Like<V, P> d = converted<V, P>(load<V>(row + g * narrow_pack)) - s[g];
+        a[g] += d;
+        b[g] += d * d;
+      }
+    }
+    add_to(sum + l, a, skip);
+    add_to(square + l, b, skip);
+  };
+  for_columns<T>(rows, lanes, add_two,
+                 [&](int64_t l) { add_lane(x + l, stride, rows, shift[Same ? 0 : l], sum[l], square[l]); });
 }
 
 // Chan, Golub and LeVeque: (12) of docs/math.md, with share = n_b/n and between = n_a·n_b/n.
@@ -76,7 +85,7 @@ CLONES void lanes_block(const T* RESTRICT x, int64_t stride, int64_t rows, int64
   alignas(64) double shift[tile], sum[tile], square[tile];
   for (int64_t l = 0; l < lanes; ++l) mean[l] = m2[l] = 0;
   for (int64_t start = 0; start < rows; start += chunk) {
-    const int64_t n = std::min(chunk, rows - start), pilot = std::min(unrolled, n);
+    const int64_t n = std::min(chunk, rows - start), pilot = std::min(row_pilot, n);
     const T* RESTRICT first = x + start * stride;
     for (int64_t l = 0; l < lanes; ++l) {
       shift[l] = widen(first[l]);

@@ -29,28 +29,33 @@ struct Op {
   INLINE bool streaming() const { return job.streaming; }
   INLINE void begin(int64_t e, int64_t) { out = job.streaming ? buffer : job.y + e; }
 
-  INLINE void ahead(int64_t e, int64_t n) const {
-    if (!job.far) return;
-    prefetch(job.x + e, 0, n);
-    if constexpr (R != Added::none) prefetch(job.residual + e, 0, n);
-  }
-
   template <bool Same>
   INLINE void run(int64_t e, int64_t length, int64_t j, int64_t at) {
     const T* RESTRICT x = job.x + e;
     const T* RESTRICT residual = R == Added::none ? nullptr : job.residual + e;
     T* RESTRICT y = out + at;
     uint8_t* RESTRICT o = R == Added::bits ? on + at : nullptr;
-    const W* RESTRICT coefficients = job.coefficients.at(j);
+    const Coefficient<W, 4, Same> k(job.coefficients.at(j));
     const W slope = job.slope;
-    INDEPENDENT
-    for (int64_t i = 0; i < length; ++i) {
-      const W* k = coefficients + (Same ? 0 : i);
-      W z = ((widen(x[i]) - k[0]) - k[tile]) * k[2 * tile] + k[3 * tile];
-      if constexpr (R != Added::none) z += widen(residual[i]);
-      narrow(activate<A>(z, slope), y[i]);
-      if constexpr (R == Added::bits) o[i] = is_on<A>(z);
-    }
+    const bool far = job.far;
+    for_packs<W>(
+        length,
+        [&](int64_t i, auto lanes) INLINE_LAMBDA {
+          using V = decltype(lanes);
+          if (far) {
+            prefetch(x + i + ahead<T>);
+            if constexpr (R != Added::none) prefetch(residual + i + ahead<T>);
+          }
+          V z = ((load<V>(x + i) - k.template at<V>(0, i)) - k.template at<V>(1, i)) * k.template at<V>(2, i) +
+                k.template at<V>(3, i);
+          if constexpr (R != Added::none) z += load<V>(residual + i);
+          return z;
+        },
+        [&](int64_t i, auto z) INLINE_LAMBDA {
+          using V = decltype(z);
+          store(activate<A>(z, slope), y + i);
+          if constexpr (R == Added::bits) store_on<V>(is_on<A>(z), o + i);
+        });
   }
 
   INLINE void end(int64_t e, int64_t n) {

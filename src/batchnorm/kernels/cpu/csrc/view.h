@@ -15,7 +15,6 @@
 #include "types.h"
 
 constexpr int64_t tile = 512;        // lanes whose sums stay in the first-level cache
-constexpr int64_t unrolled = 4;      // rows added to the sums at a time: one load and store of a sum for 4 elements
 constexpr int64_t block = 16384;     // elements of a block of the elementwise passes
 constexpr int64_t mini_block = 1024; // elements whose bits are buffered
 constexpr int64_t streamed = 512;    // elements whose results are, where they go past the caches
@@ -76,7 +75,7 @@ struct View {
   int64_t parts() const { return (inner + piece - 1) / piece; }
   int64_t samples_per_piece() const { return parts() > 1 ? 1 : std::max<int64_t>(1, piece / std::max<int64_t>(1, inner)); }
   // Whether a strip's runs are summed side by side, position by position, and not one after another.
-  bool side_by_side() const { return parts() == 1 && inner <= short_run && samples >= unrolled; }
+  bool side_by_side() const { return parts() == 1 && inner <= short_run && samples >= 4; }
   int64_t strips() const {
     if (!planes) return (rows + block_rows() - 1) / block_rows();
     return parts() > 1 ? samples * parts() : (samples + samples_per_piece() - 1) / samples_per_piece();
