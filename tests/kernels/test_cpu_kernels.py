@@ -1,5 +1,6 @@
 """The CPU kernels against the reference in float64: every function, dtype, layout, activation and residual."""
 
+import importlib
 import itertools
 import os
 import signal
@@ -212,6 +213,43 @@ def test_same_bits_for_any_number_of_threads(shape: tuple[int, ...], layout: str
         seen.append(step(data, "relu"))
     for other in seen[1:]:
         assert all(map(same_bits, other, seen[0]))
+
+
+@pytest.fixture
+def _widest_vectors() -> Iterator[None]:
+    yield
+    _cpu().use_vectors(64)
+
+
+def _cpu() -> Any:
+    return importlib.import_module("batchnorm.kernels.cpu._cpu")
+
+
+@pytest.mark.usefixtures("_widest_vectors")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("shape", "layout", "residual", "activation"), [
+    ((19, 3, 45), "contiguous", True, "relu"), ((3, 70, 7, 7), "contiguous", True, "leaky_relu"),
+    ((2, 3, 31, 37), "contiguous", False, "relu6"), ((6, 5, 33), "contiguous", True, "hardswish"),
+    ((41, 2, 9, 9), "channels_last", False, "hardswish"), ((131, 5), "contiguous", True, None),
+    ((300, 521), "contiguous", True, "relu"), ((3, 3), "contiguous", True, "relu"),
+], ids=str)  # fmt: skip
+def test_same_bits_at_every_level_of_the_processor(
+    shape: tuple[int, ...], layout: str, residual: bool, activation: str | None, dtype: torch.dtype
+) -> None:
+    data = Data(shape, dtype, layout, residual)
+    seen = {}
+    for most in (64, 32, 16):
+        seen[_cpu().use_vectors(most)] = step(data, activation)
+    assert 16 in seen
+    for other in seen.values():
+        assert all(map(same_bits, other, seen[16]))
+
+
+@pytest.mark.usefixtures("_widest_vectors")
+@pytest.mark.parametrize("most", [32, 16])
+def test_halves_at_every_level_of_the_processor(most: int) -> None:
+    assert _cpu().use_vectors(most) <= most
+    test_every_half_value_passes_through()
 
 
 def step(data: Data, activation: str | None) -> tuple[Tensor, ...]:

@@ -9,6 +9,9 @@ class BuildInfo(TypedDict):
 def build_info() -> BuildInfo: ...
 def team_size() -> int: ...
 
+# At most so many bytes in a vector (64, 32 or 16); returns how many there are then. For tests.
+def use_vectors(most: int) -> int: ...
+
 # Addresses are int, 0 for what is absent. Every kernel begins with (dtype, last, N, C, S, x,
 # the mask as float64) and most go on with
 # (weight, its dtype, bias, its dtype); csrc/module.cpp has the rest of each signature.

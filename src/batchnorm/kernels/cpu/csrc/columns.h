@@ -9,10 +9,8 @@
 template <class T>
 constexpr int64_t rows_together = sizeof(T) == 2 ? 16 : 8;
 
-constexpr int64_t lanes_together = 2 * narrow_pack;
-
-// Where the loads of rows to come are asked for: in the order in which they lie in memory, one step for each two packs
-// that are read, and into the second-level cache, where a stride of a power of two does no harm. (25 MB channels-last, one
+// Where the loads of rows to come are asked for: in the order in which they lie in memory, one step for what is read at a
+// time, and into the second-level cache, where a stride of a power of two does no harm. (25 MB channels-last, one
 // thread: backward's sums read 8 GB/s with whole rows asked for at once into the first-level cache, 23 with this.)
 template <class T>
 class Ahead {
@@ -29,12 +27,13 @@ class Ahead {
     lane_ = 0;
   }
 
-  template <class... X>
+  template <int64_t Count, class... X>
   INLINE void step(const X*... x) {
     if (!far_) return;
-    for (int64_t i = 0; i < lanes_together; i += line) (prefetch(x + at_ + i), ...);
-    at_ += lanes_together;
-    lane_ += lanes_together;
+    if (Count >= line || lane_ % line == 0)
+      for (int64_t i = 0; i < Count; i += line) (prefetch(x + at_ + i), ...);
+    at_ += Count;
+    lane_ += Count;
     if (lane_ < lanes_) return;
     at_ += stride_ - lane_;
     lane_ = 0;
@@ -45,36 +44,37 @@ class Ahead {
   bool far_;
 };
 
-// Calls add(first row, rows, lane, skip) until every row of every lane was in a call: two packs of lanes from `lane` on, of
-// which the first `skip` were in another one. Where there are fewer lanes, calls one(lane) for each and all rows.
-template <class T, class Add, class One>
+template <int N>
+using Count = std::integral_constant<int, N>;
+
+// Calls add(Count packs, first row, rows, lane, skip) until every row of every lane was in a call: some packs of lanes from
+// `lane` on, of which the first `skip` were in another one. Where there are fewer lanes, calls one(lane) for all rows.
+template <class L, class T, class Add, class One>
 INLINE void for_columns(int64_t rows, int64_t lanes, const Add& add, const One& one) {
-  if (lanes < lanes_together) {
+  if (lanes < L::narrow) {
     for (int64_t l = 0; l < lanes; ++l) one(l);
     return;
   }
   for (int64_t r = 0; r < rows; r += rows_together<T>) {
     const int64_t n = std::min(rows_together<T>, rows - r);
-    for (int64_t l = 0; l < lanes; l += lanes_together) {
-      const int64_t start = std::min(l, lanes - lanes_together);
-      add(r, n, start, l - start);
+    int64_t l = 0;
+    for (; l + 2 * L::narrow <= lanes; l += 2 * L::narrow) add(Count<2>{}, r, n, l, int64_t{0});
+    for (; l < lanes; l += L::narrow) {
+      const int64_t start = std::min(l, lanes - L::narrow);
+      add(Count<1>{}, r, n, start, l - start);
     }
   }
 }
 
-// sum[i] += what the two packs have in lane i, from lane `skip` on.
+// sum[i] += part for the lanes of V from `skip` on.
 template <class V>
-INLINE void add_to(double* sum, const V (&parts)[2], int64_t skip) {
+INLINE void add_to(double* sum, V part, int64_t skip) {
   using D = Like<V, double>;
-  D all[2];
-  for (int g = 0; g < 2; ++g) all[g] = load<D>(sum + g * narrow_pack) + converted<V, double>(parts[g]);
-  if (skip == 0) {
-    for (int g = 0; g < 2; ++g) store(all[g], sum + g * narrow_pack);
-    return;
-  }
-  double each[lanes_together];
-  for (int g = 0; g < 2; ++g) store(all[g], each + g * narrow_pack);
-  for (int64_t i = skip; i < lanes_together; ++i) sum[i] = each[i];
+  const D all = load<D>(sum) + converted<V, double>(part);
+  if (skip == 0) return store(all, sum);
+  double each[lanes_in<V>];
+  store(all, each);
+  for (int64_t i = skip; i < lanes_in<V>; ++i) sum[i] = each[i];
 }
 
 // A coefficient of the lanes from k on, or of that lane for all.

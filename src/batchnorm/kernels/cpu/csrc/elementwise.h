@@ -86,25 +86,27 @@ class Coefficients {
 };
 
 // Coefficients of a run, from those of its first lane: each lane its own, or the first lane's for all (`Same`).
-template <class W, int Count, bool Same>
+template <class L, class W, int Count, bool Same>
 class Coefficient {
+  using V = Pack<W, L::template wide<W>>;
+
  public:
   INLINE explicit Coefficient(const W* k) : k_(k) {
     if constexpr (Same)
-      for (int number = 0; number < Count; ++number) all_[number] = filled<Pack<W, wide_pack<W>>>(k[number * tile]);
+      for (int number = 0; number < Count; ++number) all_[number] = filled<V>(k[number * tile]);
   }
 
   // Number `number` of the lanes from i on.
-  template <class V>
-  INLINE V at(int number, int64_t i) const {
-    if constexpr (!Same) return load<V>(k_ + number * tile + i);
-    else if constexpr (single<V>) return k_[number * tile];
+  template <class X>
+  INLINE X at(int number, int64_t i) const {
+    if constexpr (!Same) return load<X>(k_ + number * tile + i);
+    else if constexpr (single<X>) return k_[number * tile];
     else return all_[number];
   }
 
  private:
   const W* k_;
-  Pack<W, wide_pack<W>> all_[Same ? Count : 1];
+  V all_[Same ? Count : 1];
 };
 
 // How far ahead the elementwise passes ask for what they read, where that is in no cache: stores past the caches fill the

@@ -76,18 +76,20 @@ void add_lane(const Job<T>& job, int64_t e, int64_t stride, int64_t rows, int64_
 
 // Adds rows × lanes, some rows in P before they become double; there, d is counted in units of about a standard deviation, a
 // power of two, so that no product is lost. `Same`: one channel, with coefficients 0.
-template <bool Same, Act A, From F, class T>
+template <class L, bool Same, Act A, From F, class T>
 INLINE void add(const Job<T>& job, int64_t e, int64_t stride, int64_t rows, int64_t lanes, int64_t j, Sums& sums) {
+  constexpr int64_t each = L::narrow;
   using P = Partial<T>;
-  using V = Pack<Wide<T>>;
+  using V = Pack<Wide<T>, each>;
   using PV = Like<V, P>;
   const Wide<T>* const coefficients = job.coefficients.at(j);
   Ahead<T> ahead(stride, lanes, job.far);
-  const auto add_two = [&](int64_t start, int64_t n, int64_t l, int64_t skip) INLINE_LAMBDA {
-    V k[2][bias + 1];
-    PV s[2], u[2], a[2] = {}, b[2] = {}, ab[2] = {};
-    for (int g = 0; g < 2; ++g) {
-      const Wide<T>* const at = coefficients + (Same ? 0 : l + g * narrow_pack);
+  const auto add_packs = [&](auto count, int64_t start, int64_t n, int64_t l, int64_t skip) INLINE_LAMBDA {
+    constexpr int packs = decltype(count)::value;
+    V k[packs][bias + 1];
+    PV s[packs], u[packs], a[packs] = {}, b[packs] = {}, ab[packs] = {};
+    for (int g = 0; g < packs; ++g) {
+      const Wide<T>* const at = coefficients + (Same ? 0 : l + g * each);
       for (int number = 0; number <= bias; ++number) k[g][number] = coefficient<V, Same>(at + number * tile);
       s[g] = converted<V, P>(coefficient<V, Same>(at + shift * tile));
       u[g] = converted<V, P>(coefficient<V, Same>(at + unit * tile));
@@ -95,10 +97,10 @@ INLINE void add(const Job<T>& job, int64_t e, int64_t stride, int64_t rows, int6
     if (l == 0) ahead.start(start);
     int64_t row = e + start * stride + l;
     for (int64_t r = 0; r < n; ++r, row += stride) {
-      F == From::residual ? ahead.step(job.x + e, job.dy + e, job.residual + e) : ahead.step(job.x + e, job.dy + e);
-      for (int g = 0; g < 2; ++g) {
-        const auto one =
-            element<V, A, F>(job, row + g * narrow_pack, [&](int number) INLINE_LAMBDA { return k[g][number]; });
+      if constexpr (F == From::residual) ahead.template step<packs * each>(job.x + e, job.dy + e, job.residual + e);
+      else ahead.template step<packs * each>(job.x + e, job.dy + e);
+      for (int g = 0; g < packs; ++g) {
+        const auto one = element<V, A, F>(job, row + g * each, [&](int number) INLINE_LAMBDA { return k[g][number]; });
         PV d = converted<V, P>(one.d);
         if constexpr (std::is_same_v<P, float>) d *= u[g];
         const PV dg = converted<V, P>(one.g) - s[g];
@@ -107,32 +109,36 @@ INLINE void add(const Job<T>& job, int64_t e, int64_t stride, int64_t rows, int6
         ab[g] += dg * d;
       }
     }
-    add_to(sums.of[0] + l, a, skip);
-    add_to(sums.of[1] + l, b, skip);
-    add_to(sums.of[2] + l, ab, skip);
+    for (int g = 0; g < packs; ++g) {
+      add_to(sums.of[0] + l + g * each, a[g], skip);
+      add_to(sums.of[1] + l + g * each, b[g], skip);
+      add_to(sums.of[2] + l + g * each, ab[g], skip);
+    }
   };
-  for_columns<T>(rows, lanes, add_two, [&](int64_t l) {
+  for_columns<L, T>(rows, lanes, add_packs, [&](int64_t l) {
     add_lane<T, A, F>(job, e + l, stride, rows, Same ? j : j + l, {sums.of[0] + l, sums.of[1] + l, sums.of[2] + l});
   });
 }
 
 // Of `rows` rows of `lanes` lanes.
-template <class T, Act A, From F>
-CLONES void lanes_sums(const Job<T>& job, int64_t e, int64_t rows, int64_t lanes, int64_t j, double* const (&out)[3]) {
+template <class L, class T, Act A, From F>
+INLINE void lanes_sums(const Job<T>& given, int64_t e, int64_t rows, int64_t lanes, int64_t j, double* const* out) {
+  const Job<T> job = given;
   Sums sums;
   sums.clear(lanes);
-  add<false, A, F>(job, e, job.v.width, rows, lanes, j, sums);
+  add<L, false, A, F>(job, e, job.v.width, rows, lanes, j, sums);
   for (int k = 0; k < 3; ++k) std::copy_n(sums.of[k], lanes, out[k]);
 }
 
 // Of one channel's runs in a strip.
-template <class T, Act A, From F>
-CLONES void run_sums(const Job<T>& job, int64_t strip, int64_t c, double* const (&out)[3]) {
+template <class L, class T, Act A, From F>
+INLINE void run_sums(const Job<T>& given, int64_t strip, int64_t c, double* const* out) {
+  const Job<T> job = given;
   Sums sums;
   const int64_t lanes = sums_along(job.v);
   sums.clear(lanes);
   for_runs(job.v, strip, c, [&](int64_t e, int64_t stride, int64_t rows, int64_t width) INLINE_LAMBDA {
-    add<true, A, F>(job, e, stride, rows, width, c, sums);
+    add<L, true, A, F>(job, e, stride, rows, width, c, sums);
   });
   for (int k = 0; k < 3; ++k) *out[k] = fold(sums.of[k], lanes);
 }
@@ -143,7 +149,10 @@ template <class T, Act A, From F>
 void block_sums(const Job<T>& job, int64_t strip, int64_t e, int64_t rows, int64_t lanes, int64_t j,
                 double* const (&out)[3]) {
   const View& v = job.v;
-  v.planes ? run_sums<T, A, F>(job, strip, j, out) : lanes_sums<T, A, F>(job, e, rows, lanes, j, out);
+  at_level([&](auto level) INLINE_LAMBDA {
+    using L = decltype(level);
+    v.planes ? run_sums<L, T, A, F>(job, strip, j, out) : lanes_sums<L, T, A, F>(job, e, rows, lanes, j, out);
+  });
   if constexpr (std::is_same_v<Partial<T>, double>) return;
   for (int64_t l = 0; l < lanes; ++l) {
     if (std::isfinite(out[0][l]) && std::isfinite(out[1][l]) && std::isfinite(out[2][l])) continue;
@@ -249,10 +258,10 @@ struct InputJob {
   bool streaming;
 };
 
-template <class T, Act A, From F, bool Keeps>
+template <class L, class T, Act A, From F, bool Keeps>
 struct Op {
   using W = Wide<T>;
-  const InputJob<T>& all;
+  const InputJob<T> all;  // a copy: what is stored may lie anywhere, for all the compiler knows
   alignas(64) T buffer[streamed];
   alignas(64) T g_buffer[Keeps ? streamed : 1];
   T *dx = nullptr, *g = nullptr;
@@ -267,11 +276,11 @@ struct Op {
 
   template <bool Same>
   INLINE void run(int64_t e, int64_t length, int64_t j, int64_t at) {
-    const Job<T> job = all.job;  // a copy: what is stored may lie anywhere for all the compiler knows
+    const Job<T> job = all.job;
     T* RESTRICT dxs = dx + at;
     T* RESTRICT gs = Keeps ? g + at : nullptr;
-    const Coefficient<W, numbers, Same> k(job.coefficients.at(j));
-    for_packs<W>(
+    const Coefficient<L, W, numbers, Same> k(job.coefficients.at(j));
+    for_packs<L, W>(
         length,
         [&](int64_t i, auto lanes) INLINE_LAMBDA {
           using V = decltype(lanes);
@@ -298,9 +307,9 @@ struct Op {
   }
 };
 
-template <class T, Act A, From F, bool Keeps>
-CLONES void run_block(const InputJob<T>& all, int64_t origin, int64_t first, int64_t last) {
-  Op<T, A, F, Keeps> op(all);
+template <class L, class T, Act A, From F, bool Keeps>
+INLINE void run_block(const InputJob<T>& all, int64_t origin, int64_t first, int64_t last) {
+  Op<L, T, A, F, Keeps> op(all);
   const View& v = all.job.v;
   v.planes ? walk<true>(op, v, origin, first, last) : walk<false>(op, v, origin, first, last);
   if (all.streaming) stream_fence();
@@ -309,7 +318,7 @@ CLONES void run_block(const InputJob<T>& all, int64_t origin, int64_t first, int
 template <class T, Act A, From F, bool Keeps>
 void input(const InputJob<T>& all) {
   for_elements(all.job.v, [&](int64_t origin, int64_t first, int64_t last) {
-    run_block<T, A, F, Keeps>(all, origin, first, last);
+    at_level([&](auto level) INLINE_LAMBDA { run_block<decltype(level), T, A, F, Keeps>(all, origin, first, last); });
   });
 }
 

@@ -198,6 +198,7 @@ NB_MODULE(_cpu, m) {
   const auto free = nb::call_guard<nb::gil_scoped_release>();
   m.def("build_info", &build_info);
   m.def("team_size", &team_size, free);
+  m.def("use_vectors", &use_vectors);
   m.def("train_forward", &train_forward, free);
   m.def("train_backward", &train_backward, free);
   m.def("moments", &moments_, free);

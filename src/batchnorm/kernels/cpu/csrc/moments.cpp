@@ -29,31 +29,34 @@ void add_lane(const T* x, int64_t stride, int64_t rows, double shift, double& su
 
 // Adds rows × lanes of x − shift and its square, some rows in P before they become double. With `Same` all lanes have
 // shift[0].
-template <class P, bool Same, class T>
-INLINE void add(const T* RESTRICT x, int64_t stride, int64_t rows, int64_t lanes, bool far, const double* RESTRICT shift,
-                double* RESTRICT sum, double* RESTRICT square) {
-  using V = Pack<Wide<T>>;
+template <class L, class P, bool Same, class T>
+INLINE void add(const T* x, int64_t stride, int64_t rows, int64_t lanes, bool far, const double* shift, double* sum,
+                double* square) {
+  constexpr int64_t each = L::narrow;
+  using V = Pack<Wide<T>, each>;
   using D = Like<V, double>;
   Ahead<T> ahead(stride, lanes, far);
-  const auto add_two = [&](int64_t start, int64_t n, int64_t l, int64_t skip) INLINE_LAMBDA {
-    Like<V, P> s[2], a[2] = {}, b[2] = {};
-    for (int g = 0; g < 2; ++g)
-      s[g] = converted<D, P>(coefficient<D, Same>(shift + (Same ? 0 : l + g * narrow_pack)));
+  const auto add_packs = [&](auto count, int64_t start, int64_t n, int64_t l, int64_t skip) INLINE_LAMBDA {
+    constexpr int packs = decltype(count)::value;
+    Like<V, P> s[packs], a[packs] = {}, b[packs] = {};
+    for (int g = 0; g < packs; ++g) s[g] = converted<D, P>(coefficient<D, Same>(shift + (Same ? 0 : l + g * each)));
     if (l == 0) ahead.start(start);
-    const T* RESTRICT row = x + start * stride + l;
+    const T* row = x + start * stride + l;
     for (int64_t r = 0; r < n; ++r, row += stride) {
-      ahead.step(x);
-      for (int g = 0; g < 2; ++g) {
-        const Like<V, P> d = converted<V, P>(load<V>(row + g * narrow_pack)) - s[g];
+      ahead.template step<packs * each>(x);
+      for (int g = 0; g < packs; ++g) {
+        const Like<V, P> d = converted<V, P>(load<V>(row + g * each)) - s[g];
         a[g] += d;
         b[g] += d * d;
       }
     }
-    add_to(sum + l, a, skip);
-    add_to(square + l, b, skip);
+    for (int g = 0; g < packs; ++g) {
+      add_to(sum + l + g * each, a[g], skip);
+      add_to(square + l + g * each, b[g], skip);
+    }
   };
-  for_columns<T>(rows, lanes, add_two,
-                 [&](int64_t l) { add_lane(x + l, stride, rows, shift[Same ? 0 : l], sum[l], square[l]); });
+  for_columns<L, T>(rows, lanes, add_packs,
+                    [&](int64_t l) { add_lane(x + l, stride, rows, shift[Same ? 0 : l], sum[l], square[l]); });
 }
 
 // Chan, Golub and LeVeque: (12) of docs/math.md, with share = n_b/n and between = n_a·n_b/n.
@@ -79,8 +82,8 @@ INLINE bool lost(double square, double count) {
 }
 
 // `rows` rows of `lanes` lanes: the mean, less `base`, and m2 of each lane; NaN where P cannot hold the squares.
-template <class T, class P>
-CLONES void lanes_block(const T* RESTRICT x, int64_t stride, int64_t rows, int64_t lanes, bool far,
+template <class L, class T, class P>
+INLINE void lanes_block(const T* RESTRICT x, int64_t stride, int64_t rows, int64_t lanes, bool far,
                         const double* RESTRICT base, double* RESTRICT mean, double* RESTRICT m2) {
   alignas(64) double shift[tile], sum[tile], square[tile];
   for (int64_t l = 0; l < lanes; ++l) mean[l] = m2[l] = 0;
@@ -92,14 +95,14 @@ CLONES void lanes_block(const T* RESTRICT x, int64_t stride, int64_t rows, int64
       sum[l] = square[l] = 0;
     }
     if constexpr (!spare<T, P>) {
-      add<P, false>(first, stride, pilot, lanes, false, shift, sum, square);
+      add<L, P, false>(first, stride, pilot, lanes, false, shift, sum, square);
       const double per_pilot = 1.0 / static_cast<double>(pilot);
       for (int64_t l = 0; l < lanes; ++l) {
         shift[l] = static_cast<P>(shift[l] + sum[l] * per_pilot);
         sum[l] = square[l] = 0;
       }
     }
-    add<P, false>(first, stride, n, lanes, far, shift, sum, square);
+    add<L, P, false>(first, stride, n, lanes, far, shift, sum, square);
     const double na = static_cast<double>(start), nb = static_cast<double>(n), per_n = 1.0 / nb;
     const double share = nb / (na + nb), between = na * share;
     for (int64_t l = 0; l < lanes; ++l) {
@@ -110,8 +113,8 @@ CLONES void lanes_block(const T* RESTRICT x, int64_t stride, int64_t rows, int64
 }
 
 // One channel's runs in a strip.
-template <class T, class P>
-CLONES void run_block(const T* RESTRICT x, const View& v, int64_t strip, int64_t c, bool far, double base,
+template <class L, class T, class P>
+INLINE void run_block(const T* RESTRICT x, View v, int64_t strip, int64_t c, bool far, double base,
                       double* mean, double* m2) {
   alignas(64) double sum[short_run], square[short_run];
   const int64_t sums = sums_along(v);
@@ -125,12 +128,12 @@ CLONES void run_block(const T* RESTRICT x, const View& v, int64_t strip, int64_t
       shift = widen(first[0]);
       if constexpr (!spare<T, P>) {
         const int64_t pilot = std::min(rows, std::max<int64_t>(1, run_pilot / lanes));
-        add<P, true>(first, stride, pilot, lanes, false, &shift, sum, square);
+        add<L, P, true>(first, stride, pilot, lanes, false, &shift, sum, square);
         shift = static_cast<P>(shift + fold(sum, lanes) / static_cast<double>(pilot * lanes));
         for (int64_t l = 0; l < lanes; ++l) sum[l] = square[l] = 0;
       }
     }
-    add<P, true>(first, stride, rows, lanes, far, &shift, sum, square);
+    add<L, P, true>(first, stride, rows, lanes, far, &shift, sum, square);
   });
   const double a = fold(sum, sums), b = fold(square, sums);
   const double n = static_cast<double>(v.strip_count(strip));
@@ -169,8 +172,12 @@ struct Partials {
 template <class T, class P>
 void block_in(const T* x, const View& v, int64_t strip, int64_t lane, int64_t lanes, bool far, const double* base,
               double* mean, double* m2) {
-  if (v.planes) return run_block<T, P>(x, v, strip, lane, far, *base, mean, m2);
-  lanes_block<T, P>(x + strip * v.block_rows() * v.width + lane, v.width, v.strip_count(strip), lanes, far, base, mean, m2);
+  at_level([&](auto level) INLINE_LAMBDA {
+    using L = decltype(level);
+    if (v.planes) return run_block<L, T, P>(x, v, strip, lane, far, *base, mean, m2);
+    const T* const first = x + strip * v.block_rows() * v.width + lane;
+    lanes_block<L, T, P>(first, v.width, v.strip_count(strip), lanes, far, base, mean, m2);
+  });
 }
 
 // What float cannot hold is computed again in double, for the lanes concerned alone: a channel with NaN changes no other.

@@ -17,10 +17,10 @@ struct Job {
   bool streaming, far;
 };
 
-template <class T, Act A, Added R>
+template <class L, class T, Act A, Added R>
 struct Op {
   using W = Wide<T>;
-  const Job<T>& job;
+  const Job<T> job;  // a copy: what is stored may lie anywhere, for all the compiler knows
   alignas(64) T buffer[streamed];
   alignas(64) uint8_t on[R == Added::bits ? mini_block : 1];
   T* out = nullptr;
@@ -35,10 +35,10 @@ struct Op {
     const T* RESTRICT residual = R == Added::none ? nullptr : job.residual + e;
     T* RESTRICT y = out + at;
     uint8_t* RESTRICT o = R == Added::bits ? on + at : nullptr;
-    const Coefficient<W, 4, Same> k(job.coefficients.at(j));
+    const Coefficient<L, W, 4, Same> k(job.coefficients.at(j));
     const W slope = job.slope;
     const bool far = job.far;
-    for_packs<W>(
+    for_packs<L, W>(
         length,
         [&](int64_t i, auto lanes) INLINE_LAMBDA {
           using V = decltype(lanes);
@@ -64,9 +64,9 @@ struct Op {
   }
 };
 
-template <class T, Act A, Added R>
-CLONES void run_block(const Job<T>& job, int64_t origin, int64_t first, int64_t last) {
-  Op<T, A, R> op(job);
+template <class L, class T, Act A, Added R>
+INLINE void run_block(const Job<T>& job, int64_t origin, int64_t first, int64_t last) {
+  Op<L, T, A, R> op(job);
   job.v.planes ? walk<true>(op, job.v, origin, first, last) : walk<false>(op, job.v, origin, first, last);
   if (job.streaming) stream_fence();
 }
@@ -74,7 +74,7 @@ CLONES void run_block(const Job<T>& job, int64_t origin, int64_t first, int64_t 
 template <class T, Act A, Added R>
 void run(const Job<T>& job) {
   for_elements(job.v, [&](int64_t origin, int64_t first, int64_t last) {
-    run_block<T, A, R>(job, origin, first, last);
+    at_level([&](auto level) INLINE_LAMBDA { run_block<decltype(level), T, A, R>(job, origin, first, last); });
   });
 }
 

@@ -1,5 +1,7 @@
 #include "parallel.h"
 
+#include "types.h"
+
 #include <algorithm>
 #include <atomic>
 #include <chrono>
@@ -111,4 +113,26 @@ bool prepare(int64_t bytes, void* output, void* second) {
   (void)lasting;
   return false;
 #endif
+}
+
+namespace {
+
+int64_t vectors_here() {
+#if LEVELS
+  return __builtin_cpu_supports("x86-64-v4") ? 64 : __builtin_cpu_supports("x86-64-v3") ? 32 : 16;
+#else
+  return 16;
+#endif
+}
+
+std::atomic<int64_t> vectors{vectors_here()};
+
+}  // namespace
+
+int64_t vector_bytes() { return vectors.load(std::memory_order_relaxed); }
+
+int64_t use_vectors(int64_t most) {
+  int64_t bytes = vectors_here();
+  while (bytes > 16 && bytes > most) bytes /= 2;
+  return vectors = bytes;
 }

@@ -33,9 +33,52 @@
 // (-ffp-contract=off), so all levels give the same bits.
 #if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12 && \
     !defined(BATCHNORM_ONE_TARGET)
+#define LEVELS 1
 #define CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
+#define LEVELS 0
 #define CLONES
+#endif
+
+// A level by the bytes of its vectors; 0 where the compiler has no vectors of its own.
+template <int64_t Bytes>
+struct Level {
+  template <class E>
+  static constexpr int64_t wide = Bytes ? Bytes / static_cast<int64_t>(sizeof(E)) : 1;  // elements of a vector
+  static constexpr int64_t narrow = Bytes ? Bytes / 8 : 1;                              // doubles of a vector
+};
+
+#if defined(__GNUC__)
+using LowestLevel = Level<16>;
+#else
+using LowestLevel = Level<0>;
+#endif
+
+// The bytes of the vectors that this processor has, or `most` if that is less. use_vectors sets it and returns what it
+// comes to: tests compare the levels.
+int64_t vector_bytes();
+int64_t use_vectors(int64_t most);
+
+// Calls f(Level), compiled for that level. f must be INLINE_LAMBDA, and what it calls INLINE.
+#if LEVELS
+template <class F>
+__attribute__((target("arch=x86-64-v4"), noinline)) void at_v4(const F& f) {
+  f(Level<64>{});
+}
+template <class F>
+__attribute__((target("arch=x86-64-v3"), noinline)) void at_v3(const F& f) {
+  f(Level<32>{});
+}
+template <class F>
+void at_level(const F& f) {
+  const int64_t bytes = vector_bytes();
+  bytes == 64 ? at_v4(f) : bytes == 32 ? at_v3(f) : f(LowestLevel{});
+}
+#else
+template <class F>
+void at_level(const F& f) {
+  f(LowestLevel{});
+}
 #endif
 
 // Asks for the line of x, into the second-level cache.
@@ -71,26 +114,18 @@ using Wide = typename WideOf<T>::type;
 template <class T>
 using Partial = std::conditional_t<sizeof(T) == 2, float, double>;
 
-// Some elements, in a vector of the compiler's own: it becomes what the level of the processor has. Where the compiler has
-// no such vectors, a pack is one element, and everything below is right for that, too.
-#if defined(__GNUC__) && !defined(BATCHNORM_NO_VECTORS)
-constexpr int64_t narrow_pack = 8;                 // what is added up in double
-template <class E>
-constexpr int64_t wide_pack = 64 / sizeof(E);      // what is not
+// N elements, in a vector of the compiler's own; one is no vector.
 template <class E, int64_t N>
 struct PackOf {
+#if defined(__GNUC__)
   typedef E type __attribute__((vector_size(N * sizeof(E))));
+#endif
 };
-#else
-constexpr int64_t narrow_pack = 1;
 template <class E>
-constexpr int64_t wide_pack = 1;
-template <class E, int64_t N>
-struct PackOf {
+struct PackOf<E, 1> {
   using type = E;
 };
-#endif
-template <class E, int64_t N = narrow_pack>
+template <class E, int64_t N>
 using Pack = typename PackOf<E, N>::type;
 
 // Functions of elements are written once, for V an element or a pack of them.
@@ -117,7 +152,7 @@ template <class V>
 using Mask = decltype(std::declval<V>() < std::declval<V>());
 
 template <class To, class From>
-INLINE To as_bits(From value) {
+INLINE To as_bits(const From& value) {
   static_assert(sizeof(To) == sizeof(From));
   To bits;
   std::memcpy(&bits, &value, sizeof(To));
@@ -126,15 +161,24 @@ INLINE To as_bits(From value) {
 
 template <class V>
 INLINE V filled(Item<V> value) {
-  if constexpr (single<V>) return value;
-  else return value - V{};  // x - 0 is x, of -0 and NaN, too
+  Item<V> each[lanes_in<V>];  // gcc 12 makes one broadcast of this, and of V{} + value one for each lane
+  for (auto& item : each) item = value;
+  return as_bits<V>(each);
 }
 
 template <class V, class E>
 INLINE Like<V, E> converted(V x) {
-  if constexpr (single<V>) return static_cast<E>(x);
-  else if constexpr (std::is_same_v<Item<V>, E>) return x;
-  else return __builtin_convertvector(x, Like<V, E>);
+  if constexpr (single<V>) {
+    return static_cast<E>(x);
+  } else if constexpr (std::is_same_v<Item<V>, E>) {
+    return x;
+  } else {
+    Item<V> from[lanes_in<V>];  // gcc 12 makes one conversion of this, and several of __builtin_convertvector
+    std::memcpy(from, &x, sizeof(x));
+    E to[lanes_in<V>];
+    for (int64_t i = 0; i < lanes_in<V>; ++i) to[i] = static_cast<E>(from[i]);
+    return as_bits<Like<V, E>>(to);
+  }
 }
 
 // on ? a : b by masks. Written as a choice of single elements, gcc turns it into a jump as soon as b makes what follows
@@ -159,7 +203,7 @@ INLINE Mask<V> is_not(Mask<V> mask) {
 template <class V>
 INLINE Mask<V> everywhere(bool on) {
   if constexpr (single<V>) return on;
-  else return Mask<V>{} - static_cast<Item<Mask<V>>>(on);
+  else return filled<Mask<V>>(-static_cast<Item<Mask<V>>>(on));
 }
 
 // The bits of the elements from number e on, the first of a byte the lowest.
@@ -172,11 +216,11 @@ INLINE Mask<V> on_of(const uint8_t* bits, int64_t e) {
     using I = Item<Mask<V>>;
     alignas(64) static constexpr I own[] = {1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768};
     uint32_t window = bits[at];
-    for (int64_t byte = 1; byte < lanes_in<V> / 8; ++byte) window |= static_cast<uint32_t>(bits[at + byte]) << 8 * byte;
-    if (shift) window |= static_cast<uint32_t>(bits[at + lanes_in<V> / 8]) << lanes_in<V>;
+    for (int64_t byte = 1; byte < (shift + lanes_in<V> + 7) / 8; ++byte)
+      window |= static_cast<uint32_t>(bits[at + byte]) << 8 * byte;
     Mask<V> each;
     std::memcpy(&each, own, sizeof(each));
-    return (each & static_cast<I>(window >> shift)) != 0;
+    return (each & filled<Mask<V>>(static_cast<I>(window >> shift))) != 0;
   }
 }
 
@@ -268,9 +312,9 @@ INLINE void narrow(Wide<T> x, T& out) {
 
 // Calls store(i, compute(i, V{})) for `length` elements, V a pack where there are as many. The last pack may overlap the
 // one before it; it is computed first, because the output may lie in the input.
-template <class W, class Compute, class Store>
+template <class L, class W, class Compute, class Store>
 INLINE void for_packs(int64_t length, const Compute& compute, const Store& store) {
-  constexpr int64_t step = wide_pack<W>;
+  constexpr int64_t step = L::template wide<W>;
   if (length < step) {
     for (int64_t i = 0; i < length; ++i) store(i, compute(i, W{}));
     return;
