@@ -1,5 +1,6 @@
 import json
 import os
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -139,6 +140,16 @@ def test_nothing_to_fold_is_fine(invoke, tmp_path: Path) -> None:
     assert result.exit_code == 0
     assert "No batch norm found" in result.stdout
     assert Path("folded.onnx").is_file()
+    assert batchnorm.fold("net.onnx").notes == ("the model has no batch norm",)
+
+
+def test_without_safetensors_it_says_what_to_install(invoke, net: nn.Module, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    result = invoke("fold", "nets:make", "-o", "out.safetensors")
+    assert result.exit_code == 2
+    assert "pip install safetensors" in result.stderr
+    assert "Fold" not in result.stdout
+    assert not Path("out.safetensors").exists()
 
 
 @pytest.mark.parametrize("how", ["same", "symlink", "hard link", "other name"])

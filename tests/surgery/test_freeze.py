@@ -123,6 +123,14 @@ def test_revert_leaves_the_mode_of_now(mode: bool) -> None:
     assert all(module.training == mode for module in changes.revert().modules())
 
 
+def test_a_frozen_layer_that_was_out_of_the_model_remembers_its_mode() -> None:
+    model = net().train()
+    batchnorm.freeze(model, inplace=True)
+    batchnorm.remove(model, inplace=True).revert()
+    batchnorm.unfreeze(model, inplace=True)
+    assert all(module.training for module in model.modules())
+
+
 @pytest.mark.parametrize("first", [{"affine": False}, {"statistics": False}, {}])
 @pytest.mark.parametrize("second", [batchnorm.freeze, batchnorm.unfreeze])
 def test_no_layer_is_left_half_frozen(first: dict[str, bool], second) -> None:
