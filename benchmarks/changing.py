@@ -204,21 +204,29 @@ def tuned(runs: list[dict[str, Any]], name: str, kind: str, size: int) -> tuple[
 
 
 def converting(runs: list[dict[str, Any]]) -> str:
-    poison = [[run["poisoned"][name] for run in runs] for name in ("before", "torch", "batchnorm")]
-    plain, converted = ([run["halfway"][to] for run in runs] for to in ("", "batchnorm"))
+    pairs = {
+        "converted halfway through a training": [
+            [run["halfway"][to] for run in runs] for to in ("", "batchnorm")
+        ],
+        "one broken image in training": [
+            [run["poisoned"][name] for run in runs] for name in ("torch", "batchnorm")
+        ],
+    }
     rows = [
-        ["converted halfway through a training", pages.percent(plain), pages.percent(converted)],
-        ["one broken image in training", pages.percent(poison[1]), pages.percent(poison[2])],
+        [title, pages.percent(plain), pages.percent(converted), pages.points(converted, plain)]
+        for title, (plain, converted) in pairs.items()
     ]
-    return pages.markdown(
-        ["accuracy", "`torch.nn`", '`convert(model, "batchnorm")`, the second with `nonfinite="skip"`'], rows
-    )
+    return pages.markdown(["accuracy", "`torch.nn`", "converted", "difference, points"], rows)
 
 
 def absorbing(runs: list[dict[str, Any]]) -> str:
     before, after = (runs[0]["same"][name]["trained"] for name in ("", "absorb_bias"))
-    worst = max(run["gradient"] for run in runs)
-    rows = [["biases before a batch norm", f"{before - after}", "0"], ["their gradient", f"{worst:.0e}", ""]]
+    error = max(run["same"]["absorb_bias"]["error"] for run in runs)
+    rows = [
+        ["biases before a batch norm", f"{before - after}", "0"],
+        ["the largest gradient of one", f"{max(run['gradient'] for run in runs):.0e}", "none"],
+        ["change of an output", "", f"{error:.0e}"],
+    ]
     return pages.markdown(["", "before", "`absorb_bias(model)`"], rows)
 
 
