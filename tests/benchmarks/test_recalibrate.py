@@ -1,6 +1,5 @@
 """The run behind docs/recalibrate.md: the page's tables are the results' own."""
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -8,20 +7,13 @@ from types import ModuleType
 
 import pytest
 import torch
+from benchmark_scripts import load
 from torch import nn
-
-ROOT = Path(__file__).resolve().parents[2]
-SCRIPT = ROOT / "benchmarks" / "recalibrate.py"
 
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("benchmark_recalibrate", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load("recalibrate")
 
 
 def made(count: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -32,7 +24,7 @@ def made(count: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def test_a_small_run(script: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(script, "RESULTS", tmp_path / "recalibrate.json")
+    monkeypatch.setattr(script.pages, "RESULTS", tmp_path)
     monkeypatch.setattr(script, "PAGE", tmp_path / "recalibrate.md")
     monkeypatch.setattr(script, "STEPS", 20)
     monkeypatch.setattr(script, "mnist", lambda: made(200))
@@ -50,10 +42,10 @@ def test_a_small_run(script: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert f"{100 * run['accuracy']['shuffled']['joint']:.1f} %" in written
 
 
-def test_a_digit_fills_its_box(script: ModuleType) -> None:
+def test_a_digit_fills_its_box() -> None:
     image = torch.zeros(1, 28, 28)
     image[0, 4:20, 8:16] = 1.0
-    assert torch.equal(script.cropped(image), torch.ones(1, 8, 8))
+    assert torch.equal(load("digit_runs").cropped(image), torch.ones(1, 8, 8))
 
 
 def test_a_sorted_stream_has_one_class_in_most_batches(script: ModuleType) -> None:
@@ -73,6 +65,6 @@ def test_distance_is_in_units_of_the_true_sigma(script: ModuleType) -> None:
 
 def test_the_page_in_the_docs_is_what_the_results_say(script: ModuleType) -> None:
     page = script.PAGE.read_text(encoding="utf-8")
-    runs = json.loads(script.RESULTS.read_text(encoding="utf-8"))["runs"]
-    assert script.filled(page, runs) == page
+    runs = script.pages.stored("recalibrate")
+    assert script.pages.filled(page, script.tables(runs), script.PAGE) == page
     assert len(runs) == 5

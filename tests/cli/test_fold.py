@@ -1,5 +1,6 @@
 import json
 import os
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import nn
 from typer.testing import Result
 
 import batchnorm
+from batchnorm.cli._weights import load_weights
 from batchnorm.surgery import _model_files
 
 NETS = """
@@ -108,21 +110,26 @@ def test_an_exported_program(invoke, net: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".pth", ".safetensors"])
-@pytest.mark.parametrize("nested", [False, True])
-def test_a_model_and_its_weights(invoke, net: nn.Module, suffix: str, nested: bool) -> None:
+@pytest.mark.parametrize("nested", ["", "state_dict", "model_state_dict", "model", "module."])
+def test_a_model_and_its_weights(invoke, net: nn.Module, suffix: str, nested: str) -> None:
     if suffix == ".safetensors":
         if nested:
             pytest.skip("the format has no nesting")
         pytest.importorskip("safetensors.torch").save_file(net.state_dict(), "net.safetensors")
     else:
-        torch.save({"state_dict": net.state_dict()} if nested else net.state_dict(), f"net{suffix}")
+        state = net.state_dict()
+        if nested == "module.":  # as AveragedModel and DistributedDataParallel save them
+            state = {f"module.{name}": value for name, value in state.items()}
+        elif nested:
+            state = {nested: state, "epoch": 3}
+        torch.save(state, f"net{suffix}")
     arguments = ("fold", "nets:make", "--weights", f"net{suffix}", "-o", f"folded{suffix}")
     result = invoke(*arguments, "--example", "1x3x6x6")
     assert result.exit_code == 0, result.output
     assert "made" not in result.stdout
     layers = nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.BatchNorm2d(4)
     fresh = batchnorm.fold(nn.Sequential(*layers).eval()).model
-    _model_files.load_weights(f"folded{suffix}", fresh)
+    load_weights(fresh, Path(f"folded{suffix}"))
     x = torch.from_numpy(X)
     torch.testing.assert_close(fresh(x), net(x), rtol=1e-4, atol=1e-5)
 
@@ -133,6 +140,16 @@ def test_nothing_to_fold_is_fine(invoke, tmp_path: Path) -> None:
     assert result.exit_code == 0
     assert "No batch norm found" in result.stdout
     assert Path("folded.onnx").is_file()
+    assert batchnorm.fold("net.onnx").notes == ("the model has no batch norm",)
+
+
+def test_without_safetensors_it_says_what_to_install(invoke, net: nn.Module, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    result = invoke("fold", "nets:make", "-o", "out.safetensors")
+    assert result.exit_code == 2
+    assert "pip install safetensors" in result.stderr
+    assert result.stdout == ""
+    assert not Path("out.safetensors").exists()
 
 
 @pytest.mark.parametrize("how", ["same", "symlink", "hard link", "other name"])
@@ -170,12 +187,12 @@ def test_the_input_is_not_written_over(invoke, file: Path, how: str) -> None:
         (("nets", "-o", "out.pt"), "expected a .onnx or a .pt2 file, or MODULE:FACTORY"),
         (("nets:make", "-o", "out.onnx"), "ends in .safetensors or .pt or .pth"),
         (("nets:none", "-o", "out.pt"), "no 'none' in nets"),
-        (("nets:make", "--weights", "none.pt", "-o", "out.pt"), "none.pt, which is not there"),
-        (("nets:make", "--weights", "other.pt", "-o", "out.pt"), "the names and shapes of this model"),
+        (("nets:make", "--weights", "none.pt", "-o", "out.pt"), "none.pt, no such file"),
+        (("nets:make", "--weights", "other.pt", "-o", "out.pt"), "expected the weights of this model"),
         (("nets:make", "--weights", "code.pt", "-o", "out.pt"), "could run any code"),
-        (("nets:make", "--weights", "list.pt", "-o", "out.pt"), "got list, expected a state dict"),
+        (("nets:make", "--weights", "list.pt", "-o", "out.pt"), "a list, expected a state dict"),
         (("nets:make", "--weights", "broken.safetensors", "-o", "out.pt"), "expected a state dict"),
-        (("nets:make", "--weights", "w.bin", "-o", "out.pt"), ".safetensors or .pt or .pth"),
+        (("nets:make", "--weights", "w.bin", "-o", "out.pt"), "w.bin, no such file"),
         (("nets:make", "--weights", "other.pt", "-o", "other.pt"), "which is read"),
     ],
 )

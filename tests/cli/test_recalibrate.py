@@ -108,7 +108,11 @@ def test_without_safetensors_it_says_what_to_install(
         ({"--data": "nets:nothing"}, "loader: got no batch"),
         ({"--data": "nets:missing"}, "no 'missing' in nets"),
         ({"--weights": "missing.pt"}, "no such file"),
-        ({"--weights": "nets.py"}, "on reading it"),
+        (
+            {"--weights": "nets.py"},
+            "a file that holds more than tensors, which could run any code, or none of",
+        ),
+        ({"--weights": "broken.safetensors"}, "on reading it"),
         ({"--weights": "list.pt"}, "a list, expected a state dict"),
         ({"--weights": "other.pt"}, "no 0.bias"),
         ({"--weights": "shape.pt"}, "0.weight of shape (5, 5) for (4, 3)"),
@@ -121,6 +125,7 @@ def test_what_is_wrong_is_one_line_and_nothing_is_written(
 ) -> None:
     old = saved(run, tmp_path)
     torch.save([1], tmp_path / "list.pt")
+    (tmp_path / "broken.safetensors").write_bytes(b"nothing")
     torch.save({name: value for name, value in old.items() if name != "0.bias"}, tmp_path / "other.pt")
     torch.save({**old, "0.weight": torch.zeros(5, 5)}, tmp_path / "shape.pt")
     options = {"--data": "nets:make_loader", "-o": "new.pt", **change}

@@ -165,11 +165,36 @@ def test_frozen_layers_take_no_part() -> None:
         (nn.BatchNorm1d(2), {"prior": "1"}, batchnorm.InputTypeError, "prior: got str"),
         (nn.BatchNorm1d(2), {"lr": float("inf")}, batchnorm.InputError, "lr: got inf"),
         (nn.BatchNorm1d(2, affine=False), {"method": "tent"}, batchnorm.ModelError, "no batch norm with γ"),
+        (nn.BatchNorm1d(2), {"optimizer": 0.1}, batchnorm.InputTypeError, "optimizer: got float"),
     ],
 )
-def test_refused(model: Any, options: dict[str, Any], error: type[Exception], text: str) -> None:
-    with pytest.raises(error, match=text), batchnorm.adapt(model, **options):
-        pass
+def test_refused_at_the_call(model: Any, options: dict[str, Any], error: type[Exception], text: str) -> None:
+    with pytest.raises(error, match=text):
+        batchnorm.adapt(model, **options)
+
+
+def test_who_takes_part_is_seen_when_the_block_begins() -> None:
+    model = nn.Sequential(nn.BatchNorm1d(2), nn.BatchNorm1d(2)).train()
+    block = batchnorm.adapt(model, "batch")
+    assert not model[0]._forward_pre_hooks
+    model[0].eval()  # frozen, in a model in training mode
+    with block:
+        assert [len(layer._forward_pre_hooks) for layer in model] == [0, 1]
+
+
+def test_it_says_what_it_is() -> None:
+    model = Branches()
+    with batchnorm.adapt(model, "blend", prior=2.5) as adapted:
+        assert repr(adapted) == "Adapted(Branches, 'blend', prior=2.5: 0 batches)"
+        adapted(torch.randn(16, 2, 6, 6))
+        assert repr(adapted) == "Adapted(Branches, 'blend', prior=2.5: 1 batch)"
+    with batchnorm.adapt(model, "batch") as adapted:
+        for _ in range(8):
+            adapted(torch.randn(16, 2, 6, 6))
+    assert (
+        repr(adapted)
+        == f"Adapted(Branches, 'batch': 8 batches, design effect {adapted.design_effect:.2g}, ended)"
+    )
 
 
 def test_tent_needs_logits() -> None:

@@ -62,7 +62,6 @@ def test_sharing_hooks_mode_and_identity_stay() -> None:
     handle.remove()
     model(X)
     assert len(seen) == 2
-    assert "does not say for how many axes" in reasons(batchnorm.convert(model, "torch"))["0"]
     batchnorm.convert(model, nn.BatchNorm2d, inplace=True)
     assert type(norm) is nn.BatchNorm2d
     assert "process_group" not in vars(norm)
@@ -100,6 +99,70 @@ def test_targets() -> None:
             batchnorm.convert(model, wrong)
     with pytest.raises(batchnorm.InputTypeError):
         batchnorm.convert(model, 3)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "text"),
+    [
+        ({"momentum": 2}, batchnorm.InputError, "momentum: got 2, expected a number from 0 to 1, or None"),
+        ({"momentum": float("nan")}, batchnorm.InputError, "momentum: got nan"),
+        ({"momentum": "0.1"}, batchnorm.InputTypeError, "momentum: got str"),
+        ({"eps": -1}, batchnorm.InputError, "eps: got -1, expected a number above 0"),
+        ({"eps": 0}, batchnorm.InputError, "eps: got 0"),
+        ({"eps": float("inf")}, batchnorm.InputError, "eps: got inf"),
+        ({"eps": None}, batchnorm.InputTypeError, "eps: got NoneType"),
+    ],
+)
+@pytest.mark.parametrize("to", ["torch", "batchnorm", "torch-sync"])
+def test_numbers_that_no_layer_can_work_with(to: str, options, error, text: str) -> None:
+    model = net()
+    with pytest.raises(error, match=f"convert: {text}"):
+        batchnorm.convert(model, to, inplace=True, **options)
+    assert type(model[1]) is nn.BatchNorm2d
+    for momentum in (0, 1, 0.5, None):
+        assert batchnorm.convert(model, to, momentum=momentum).model[1].momentum == momentum
+
+
+@pytest.mark.parametrize("start", ["torch", "batchnorm"])
+def test_back_from_synchronized_by_the_name(start: str) -> None:
+    """What was converted remembers its axes, also where no graph tells them."""
+    classes = TORCH if start == "torch" else OURS
+    model = nn.ModuleList([classes[axes](3) for axes in (1, 2, 3)])
+    attributes = [vars(layer).keys() for layer in copy.deepcopy(model)]
+    batchnorm.convert(model, "torch-sync", inplace=True)
+    assert {type(layer) for layer in model} == {nn.SyncBatchNorm}
+    wrong = batchnorm.convert(model, nn.BatchNorm1d)
+    assert names(wrong) == ["0"]
+    assert "another number of axes" in reasons(wrong)["1"]
+    loaded = copy.deepcopy(model)
+    for each in (model, loaded):
+        changes = batchnorm.convert(each, start, inplace=True)
+        assert not changes.skipped
+        assert [type(layer) for layer in each] == list(classes.values())
+        assert [vars(layer).keys() for layer in each] == attributes
+
+
+def test_axes_that_the_graph_tells() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3),
+        nn.SyncBatchNorm(4),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(36, 5),
+        nn.SyncBatchNorm(5),
+    )
+    for to, found in (("torch", TORCH), ("batchnorm", OURS)):
+        changed = batchnorm.convert(model, to).model
+        assert [type(changed[1]), type(changed[5])] == [found[2], found[1]]
+        torch.testing.assert_close(changed.eval()(X), model.eval()(X))
+    unknown = batchnorm.convert(nn.Sequential(nn.SyncBatchNorm(3)), "torch")
+    assert reasons(unknown) == {
+        "0": "SyncBatchNorm does not say for how many axes it is, and no convolution before it does: name the class to "
+        "convert to, one of BatchNorm1d, BatchNorm2d, BatchNorm3d"
+    }
+    shared = nn.SyncBatchNorm(3)
+    both = nn.Sequential(nn.Conv2d(3, 3, 3), shared, nn.Flatten(2), nn.Conv1d(3, 3, 1), shared)
+    assert names(batchnorm.convert(both, "torch")) == []
 
 
 def test_dry_run() -> None:

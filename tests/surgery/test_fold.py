@@ -88,6 +88,11 @@ def test_linear_layers() -> None:
     x = torch.randn(5, 4)
     changes = check(nn.Sequential(nn.Linear(4, 3, bias=False), nn.BatchNorm1d(3), nn.Tanh()), x, 1)
     assert isinstance(changes.model[1], Rows)
+    (note,) = changes.notes
+    assert "was not seen for 1: Rows stays there, which raises an error" in note
+    assert f"note: {note}" in str(changes)
+    seen = batchnorm.fold(nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)).eval(), x)
+    assert not any("Rows" in note for note in seen.notes)
     check(nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 3)), x, 1)
     check(
         nn.Sequential(nn.Flatten(), nn.Linear(8, 3), nn.BatchNorm1d(3, affine=False)), torch.randn(5, 2, 4), 1

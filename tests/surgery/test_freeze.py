@@ -99,11 +99,12 @@ def test_revert_is_exact() -> None:
     model[3].weight.requires_grad_(False)
     objects = [*model.modules(), *model.parameters(), *model.buffers()]
     flags = [module.training for module in model.modules()]
+    attributes = [vars(module).keys() for module in copy.deepcopy(model).modules()]
     changes = batchnorm.freeze(model, inplace=True)
     assert notes(changes) == {"1": "statistics, weight, bias frozen", "3": "statistics, bias frozen"}
-    model.train()
     assert changes.revert() is model
     assert [module.training for module in model.modules()] == flags
+    assert [vars(module).keys() for module in model.modules()] == attributes
     assert [type(model[1]), type(model[3])] == [nn.BatchNorm2d, batchnorm.BatchNorm2d]
     assert [p.requires_grad for p in (model[1].weight, model[3].weight, model[3].bias)] == [True, False, True]
     now = [*model.modules(), *model.parameters(), *model.buffers()]
@@ -112,6 +113,42 @@ def test_revert_is_exact() -> None:
     changes = batchnorm.unfreeze(model, inplace=True)
     changes.revert()
     assert type(model[1]).__name__ == "FrozenBatchNorm2d"
+
+
+@pytest.mark.parametrize("mode", [False, True])
+def test_revert_leaves_the_mode_of_now(mode: bool) -> None:
+    model = net().train(not mode)
+    changes = batchnorm.freeze(model, inplace=True)
+    model.train(mode)
+    assert all(module.training == mode for module in changes.revert().modules())
+
+
+def test_a_frozen_layer_that_was_out_of_the_model_remembers_its_mode() -> None:
+    model = net().train()
+    batchnorm.freeze(model, inplace=True)
+    batchnorm.remove(model, inplace=True).revert()
+    batchnorm.unfreeze(model, inplace=True)
+    assert all(module.training for module in model.modules())
+
+
+@pytest.mark.parametrize("first", [{"affine": False}, {"statistics": False}, {}])
+@pytest.mark.parametrize("second", [batchnorm.freeze, batchnorm.unfreeze])
+def test_no_layer_is_left_half_frozen(first: dict[str, bool], second) -> None:
+    """The older of two operations on the same layers is not reverted before the newer one."""
+    model = net()
+    older = batchnorm.freeze(model, inplace=True, **first)
+    newer = second(model, inplace=True)
+    if not newer.changed:
+        assert first == {}  # frozen already
+        return
+    state = [(type(m), [p.requires_grad for p in m.parameters()]) for m in model.modules()]
+    with pytest.raises(batchnorm.ModelError, match="Revert the later change first"):
+        older.revert()
+    assert [(type(m), [p.requires_grad for p in m.parameters()]) for m in model.modules()] == state
+    newer.revert()
+    older.revert()
+    assert [type(model[1]), type(model[3])] == [nn.BatchNorm2d, batchnorm.BatchNorm2d]
+    assert all(p.requires_grad for p in model.parameters())
 
 
 def test_frozen_layers_are_copied_pickled_compiled_and_traced() -> None:

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import batchnorm
-from batchnorm._walk import Plan, hooks_of, prepared, walk
+from batchnorm._walk import Plan, hooks_of, prepared, short, walk
 
 
 class Twice(nn.Module):
@@ -91,7 +91,6 @@ def test_revert_brings_back_the_very_objects(training: bool) -> None:
     changes = batchnorm.remove(net, inplace=True)
     assert changes.model is net
     assert [id(module) for module in net.modules()] != modules
-    net.train(not training)
     assert changes.revert() is net
     assert [id(module) for module in net.modules()] == modules
     assert {name: id(value) for name, value in [*net.named_parameters(), *net.named_buffers()]} == tensors
@@ -99,6 +98,26 @@ def test_revert_brings_back_the_very_objects(training: bool) -> None:
     assert list(net.state_dict()) == list(state)
     assert all(torch.equal(net.state_dict()[name], value) for name, value in state.items())
     assert changes.revert() is net
+
+
+def test_revert_leaves_everything_in_the_mode_of_now() -> None:
+    """What comes back is put where its replacement is; what stayed in the model, one frozen by hand, is not touched."""
+    net = nn.Sequential(nn.Linear(2, 3), nn.Sequential(nn.BatchNorm1d(3), nn.Tanh()), nn.BatchNorm1d(3))
+    bn, block, last = net[1][0], net[1], net[2]
+    for mode in (False, True):
+        changes = batchnorm.remove(net, inplace=True)
+        net.train(mode)
+        net[2].train(not mode)
+        changes.revert()
+        assert (net[1], net[1][0], net[2]) == (block, bn, last)
+        assert [bn.training, last.training, block.training, net.training] == [mode, not mode, mode, mode]
+    wrapped = batchnorm.insert(nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1)))
+    wrapped.model.eval()
+    wrapped.model[0][0].train()  # a layer that stands inside of its replacement
+    assert [m.training for m in wrapped.revert()] == [True, False, False]
+    alone = batchnorm.remove(nn.BatchNorm1d(3))
+    alone.model.eval()
+    assert not alone.revert().training
 
 
 def test_revert_in_the_wrong_order_is_refused_and_the_right_order_works() -> None:
@@ -138,16 +157,16 @@ def test_the_report_in_all_its_forms(tmp_path) -> None:
         {
             "name": "0",
             "also": [],
-            "before": "Linear(in_features=2, out_features=3, bias=True)",
-            "after": f"Sequential({changes.model[0][0]}, {changes.model[0][1]})",
+            "before": "Linear(2, 3)",
+            "after": "Sequential(Linear(2, 3, bias=False), batchnorm.BatchNorm1d(3))",
             "note": "before ReLU (1); its bias dropped",
+            "only_class": False,
         }
     ]
     assert report["skipped"] == [{"name": "2", "also": [], "reason": "its output is the model's output"}]
     assert str(changes).splitlines()[0] == "insert: 1 changed, 1 skipped"
     assert "  2: its output is the model's output" in str(changes).splitlines()
-    assert "bias=False" in report["changed"][0]["after"]
-    assert "Linear(in_features=2, out_features=3, bias=True)" in changes._repr_html_()
+    assert "Sequential(Linear(2, 3, bias=False), batchnorm.BatchNorm1d(3))" in changes._repr_html_()
 
     assert json.loads(changes.save(tmp_path / "a.json").read_text()) == report
     assert "</html>" in changes.save(tmp_path / "a.html").read_text()
@@ -164,6 +183,101 @@ def test_the_report_escapes_what_a_model_prints() -> None:
     html = batchnorm.remove(nn.Sequential(Rude(2)))._repr_html_()
     assert "<script>" not in html
     assert "&lt;script&gt;" in html
+
+
+class Own(nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(2, 2)
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 2, 3)
+
+
+@pytest.mark.parametrize(
+    ("module", "text"),
+    [
+        (nn.BatchNorm2d(64), "torch.nn.BatchNorm2d(64)"),
+        (batchnorm.BatchNorm2d(64), "batchnorm.BatchNorm2d(64)"),
+        (
+            batchnorm.BatchNorm1d(3, 1e-3, None, activation="relu", nonfinite="skip"),
+            "batchnorm.BatchNorm1d(3, eps=0.001, momentum=None, activation='relu', nonfinite='skip')",
+        ),
+        (nn.BatchNorm1d(3, affine=False), "torch.nn.BatchNorm1d(3, affine=False)"),
+        (batchnorm.BatchNorm1d(3, bias=False), "batchnorm.BatchNorm1d(3, bias=False)"),
+        (nn.LazyBatchNorm2d(), "torch.nn.LazyBatchNorm2d()"),
+        (nn.SyncBatchNorm(4), "SyncBatchNorm(4)"),
+        (batchnorm.freeze(nn.BatchNorm2d(3)).model, "FrozenBatchNorm2d(3)"),
+        (
+            nn.Conv2d(3, 8, 3, stride=2, padding=(1, 2), bias=False),
+            "Conv2d(3, 8, 3, stride=2, padding=(1, 2), bias=False)",
+        ),
+        (nn.Conv1d(3, 8, 3, groups=1), "Conv1d(3, 8, 3)"),
+        (nn.Linear(3, 8), "Linear(3, 8)"),
+        (nn.ReLU(inplace=True), "ReLU(inplace=True)"),
+        (nn.Sequential(nn.ReLU(), nn.Tanh()), "Sequential(ReLU(), Tanh())"),
+        (nn.Sequential(*[nn.ReLU()] * 4), "Sequential(4 modules)"),
+        (Block(), "Block"),
+        (Own(), "Own(in_features=2, out_features=2, bias=True)"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_module_in_a_few_words(module: nn.Module, text: str) -> None:
+    assert short(module) == text
+
+
+def test_no_line_is_long() -> None:
+    class Talkative(nn.BatchNorm2d):
+        def extra_repr(self) -> str:
+            return "and so on, " * 100
+
+    (change,) = batchnorm.remove(nn.Sequential(Talkative(3))).changed
+    assert change.before == f"Talkative({('and so on, ' * 10)[:79]}…)"
+
+
+def test_what_does_not_show_is_not_told_twice() -> None:
+    changes = batchnorm.freeze(nn.Sequential(nn.BatchNorm2d(3)), statistics=False)
+    assert str(changes).splitlines()[1] == "  0: torch.nn.BatchNorm2d(3) (weight, bias frozen)"
+
+
+def test_another_class_alone_is_counted_apart() -> None:
+    net = nn.Sequential(
+        nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+    )
+    changes = batchnorm.fuse(net)
+    assert [change.only_class for change in changes.changed] == [False, False, True]
+    lines = str(changes).splitlines()
+    assert lines[0] == "fuse: 2 changed, 1 only given another class, 0 skipped"
+    assert lines[3] == (
+        "  4: torch.nn.BatchNorm2d(4) -> batchnorm.BatchNorm2d(4) (only its class: the model's output follows it)"
+    )
+    assert "only its class: the model" in changes._repr_html_()
+    assert str(batchnorm.convert(net, "batchnorm")).splitlines()[0] == "convert: 2 changed, 0 skipped"
+
+
+@pytest.mark.parametrize(
+    "operation",
+    [
+        batchnorm.remove,
+        batchnorm.fuse,
+        batchnorm.fold,
+        batchnorm.freeze,
+        batchnorm.unfreeze,
+        batchnorm.absorb_bias,
+        lambda model: batchnorm.convert(model, "torch"),
+    ],
+)
+def test_nothing_found_is_told(operation) -> None:
+    assert operation(nn.Linear(2, 2).eval()).notes == ("the model has no batch norm",)
+
+
+def test_nothing_to_do_is_told() -> None:
+    assert batchnorm.unfreeze(nn.Sequential(nn.BatchNorm1d(2), nn.BatchNorm1d(2))).notes == (
+        "nothing to do: 2 batch norms in the model, all as wanted",
+    )
+    assert batchnorm.insert(nn.ReLU()).notes == ("the model has no layer that batch norm could follow",)
 
 
 def test_hooks_are_found() -> None:

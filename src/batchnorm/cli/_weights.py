@@ -1,6 +1,7 @@
-"""Weights in files: state dicts of torch.save, and safetensors."""
+"""Weights in files, for every command that reads or writes them: state dicts of torch.save, and safetensors."""
 
 import io
+import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -58,17 +59,26 @@ def _read(path: Path) -> dict[str, Tensor]:
             loaded: Any = _safetensors().load(path.read_bytes())
         else:
             loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # each format has its own ways to be broken
-        if not isinstance(error, ImportError):
-            text = " ".join(str(error).split())[:200]
-            raise DataError(
-                message(
-                    f"--weights {path}",
-                    got=f"{type(error).__name__} on reading it ({text})",
-                    expected="a state dict saved by torch.save, or safetensors",
-                )
-            ) from error
+    except ImportError:
         raise
+    except pickle.UnpicklingError as error:
+        raise DataError(
+            message(
+                f"--weights {path}",
+                got="a file that holds more than tensors, which could run any code, or none of torch.save",
+                expected="a state dict saved by torch.save, or .safetensors",
+                fix="Save model.state_dict() instead of the model.",
+            )
+        ) from error
+    except Exception as error:  # each format has its own ways to be broken
+        text = " ".join(str(error).split())[:200]
+        raise DataError(
+            message(
+                f"--weights {path}",
+                got=f"{type(error).__name__} on reading it ({text})",
+                expected="a state dict saved by torch.save, or .safetensors",
+            )
+        ) from error
     if isinstance(loaded, Mapping) and not _is_state(loaded):
         loaded = next((loaded[key] for key in _KEYS if isinstance(loaded.get(key), Mapping)), loaded)
     if not isinstance(loaded, Mapping) or not _is_state(loaded):

@@ -33,8 +33,8 @@ def command(
     output: Annotated[
         Path,
         typer.Option(
+            "--out",
             "-o",
-            "--output",
             metavar="OUT",
             help="Where the folded model goes: .onnx, .pt2; of a MODULE:FACTORY its weights: .safetensors, .pt, .pth.",
         ),
@@ -43,7 +43,8 @@ def command(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="The weights of MODULE:FACTORY: .safetensors, or .pt, .pth with a state dict.",
+            help="The weights of MODULE:FACTORY: .safetensors, or a state dict saved by torch.save.  "
+            "[default: what it comes with]",
         ),
     ] = None,
     example: Annotated[
@@ -96,6 +97,10 @@ def _check_targets(source: str, suffix: str, output: Path, weights: Path | None,
         raise InputError(
             message("--weights", got=str(weights), expected="nothing", fix=f"{source} holds its own weights.")
         )
+    if not suffix:
+        from batchnorm.cli._weights import check_format
+
+        check_format(output)
     read = [Path(source)] if suffix else []
     if suffix == ".onnx" and Path(source).is_file():
         from batchnorm.surgery._model_files import external_files
@@ -133,6 +138,7 @@ def _fold(source: str, suffix: str, weights: Path | None, shapes: list[tuple[int
         model: Any = files.load_model(source)
     else:
         from batchnorm.cli._factory import is_spec, load_model
+        from batchnorm.cli._weights import load_weights
 
         if not is_spec(source):
             expected = "a .onnx or a .pt2 file, or MODULE:FACTORY"
@@ -140,20 +146,27 @@ def _fold(source: str, suffix: str, weights: Path | None, shapes: list[tuple[int
         with users_code():
             model = load_model(source, "IN")().eval()
         if weights is not None:
-            files.load_weights(weights, model)
+            load_weights(model, weights)
     with users_code():
         return batchnorm.fold(model, files.random_inputs(model, shapes) if shapes else None)
 
 
 def _present(changes: "Changes", source: str, output: Path, json: str | None) -> None:
     """Write the files, print the table, and say where the files lie. What fails does not keep the rest from it."""
+    from torch import nn
+
+    from batchnorm.cli._weights import save_weights
     from batchnorm.surgery._model_files import save
 
     console = stderr() if json == STDOUT else stdout()
     written: list[str] = []
 
     def save_model() -> None:
-        written.extend(f"folded: {path}" for path in save(changes.model, output))
+        if isinstance(changes.model, nn.Module):
+            save_weights(changes.model, output)
+            written.append(f"folded: {output}")
+        else:
+            written.extend(f"folded: {path}" for path in save(changes.model, output))
 
     def save_json() -> None:
         path = write_json(changes.to_json(), json)
@@ -187,6 +200,6 @@ def document(changes: "Changes", source: str) -> "Document":
     if changes.skipped:
         left = [(each.name, each.reason) for each in changes.skipped]
         sections.append(Section("Left alone", [Table(("batch norm", "why"), left)]))
-    if changes.notes:
+    if changes.notes and total:
         sections.append(Section("Notes", [Paragraph(note) for note in changes.notes]))
     return Document(title=f"batchnorm fold {source}", verdict=verdict, sections=sections)

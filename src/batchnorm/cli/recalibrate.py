@@ -59,7 +59,9 @@ def command(
     weights: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE", help="Weights to load first: .safetensors, or a state dict saved by torch.save."
+            metavar="FILE",
+            help="Weights to load first: .safetensors, or a state dict saved by torch.save.  "
+            "[default: what the model comes with]",
         ),
     ] = None,
     samples: Annotated[

@@ -3,7 +3,7 @@
 import math
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Literal
 
 import torch
@@ -37,8 +37,8 @@ class Adapted:
         >>> net = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
         >>> with batchnorm.adapt(net, "blend", prior=16) as adapted:
         ...     y = adapted(torch.randn(32, 2) + 5)
-        >>> adapted.batches
-        1
+        >>> adapted
+        Adapted(Sequential, 'blend', prior=16: 1 batch, ended)
     """
 
     def __init__(self, model: nn.Module, found: tuple[Target, ...], method: Method, prior: float) -> None:
@@ -51,6 +51,13 @@ class Adapted:
         self._pool: Pool | None = None
         self._first, self._eps = -1, 0.0
         self._few_told = self._sorted_told = self._open = False
+
+    def __repr__(self) -> str:
+        prior = f", prior={self.prior:g}" if self.method == "blend" else ""
+        seen = f"{self.batches} {'batch' if self.batches == 1 else 'batches'}"
+        effect = "" if math.isnan(self.design_effect) else f", design effect {self.design_effect:.2g}"
+        ended = "" if self._open else ", ended"
+        return f"Adapted({type(self.model).__name__}, {self.method!r}{prior}: {seen}{effect}{ended})"
 
     @property
     def design_effect(self) -> float:
@@ -151,7 +158,6 @@ class Adapted:
             )
 
 
-@contextmanager
 def adapt(
     model: nn.Module,
     method: Method = "blend",
@@ -159,7 +165,7 @@ def adapt(
     prior: float = 16.0,
     lr: float = 1e-3,
     optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer] | None = None,
-) -> Iterator[Adapted]:
+) -> AbstractContextManager[Adapted]:
     r"""Run a network on data of another origin with batch norms that follow the data, and leave it as it was.
 
     With n samples in the batch, its mean and variance (μ, σ²) and the source's, which are the running ones:
@@ -189,14 +195,15 @@ def adapt(
         lr: learning rate of "tent".
         optimizer: for "tent", makes another optimizer than Adam from the list of γ and β.
 
-    Yields:
-        Adapted: to be called as the model is.
+    Returns:
+        A context manager for one `with` block, which gives an Adapted, to be called as the model is.
 
     Raises:
         InputError: an option out of range.
         InputTypeError: `model` is no module.
         ModelError: no batch norm with running statistics, or for "tent" none with γ or β.
-        DataError: with "batch" and "tent", one sample; with "tent", an output that is no (N, classes).
+        DataError: from a call in the block: with "batch" and "tent", one sample; with "tent", an output that is no
+            (N, classes).
 
     Source:
         Schneider et al., Improving robustness against common corruptions by covariate shift adaptation, 2020,
@@ -213,9 +220,24 @@ def adapt(
         (True, [0.0, 0.0])
     """
     network = bare(model, "adapt")
-    _check_options(method, prior, lr)
+    _check_options(method, prior, lr, optimizer)
     found, _ = targets(network, "adapt")
-    adapted = Adapted(network, found, method, 0.0 if method == "batch" else prior)
+    if method == "tent":
+        _affine(found)
+    return _block(network, method, 0.0 if method == "batch" else prior, lr, optimizer)
+
+
+@contextmanager
+def _block(
+    network: nn.Module,
+    method: Method,
+    prior: float,
+    lr: float,
+    optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer] | None,
+) -> Iterator[Adapted]:
+    """The `with` block. Which layers take part is seen when it begins: their modes may have changed by then."""
+    found, _ = targets(network, "adapt")
+    adapted = Adapted(network, found, method, prior)
     trained = _affine(found) if method == "tent" else []
     with Still(network, parameters=tuple(network.parameters())) as still:
         for index, target in enumerate(found):
@@ -239,7 +261,7 @@ def adapt(
             adapted._open, adapted.optimizer = False, None
 
 
-def _check_options(method: str, prior: float, lr: float) -> None:
+def _check_options(method: str, prior: float, lr: float, optimizer: object) -> None:
     if method not in METHODS:
         raise InputError(message("method", got=repr(method), expected="'batch', 'blend' or 'tent'"))
     for name, value in (("prior", prior), ("lr", lr)):
@@ -247,6 +269,15 @@ def _check_options(method: str, prior: float, lr: float) -> None:
             raise InputTypeError(message(name, got=type(value).__name__, expected="a number"))
         if not 0 <= value < math.inf:
             raise InputError(message(name, got=value, expected="a finite number ≥ 0"))
+    if optimizer is not None and not callable(optimizer):
+        raise InputTypeError(
+            message(
+                "optimizer",
+                got=type(optimizer).__name__,
+                expected="a function that makes one from a list of parameters",
+                fix="For example functools.partial(torch.optim.SGD, lr=1e-3).",
+            )
+        )
 
 
 def _affine(found: tuple[Target, ...]) -> list[nn.Parameter]:

@@ -1,5 +1,6 @@
 """`convert`: batch norms of one class into those of another."""
 
+import math
 from typing import Any
 
 from torch import nn
@@ -12,12 +13,15 @@ from batchnorm.nn.families import FAMILIES, Family, family_of
 from batchnorm.surgery import _kinds as kinds
 from batchnorm.surgery._fitness import has_more, unconvertible
 from batchnorm.surgery._freeze import Frozen
+from batchnorm.surgery._rank import ranks
 from batchnorm.surgery._trace import Traced, trace_parts
 
 __all__ = ["convert"]
 
 # What belongs to the numbers of a layer and not to its class.
 _FIXED = ("num_features", "affine", "bias", "track_running_stats", "device", "dtype")
+# A layer of a class that serves every number of axes remembers here which it had, so that it can go back.
+_AXES = "_axes"
 
 
 def convert(
@@ -36,7 +40,8 @@ def convert(
 
     Skipped, each with the reason: subclasses, which may do more than their base; parametrized and frozen layers; a
     layer with an activation, or called with a residual or a mask, if the new class has none of that; a lazy layer if
-    the new class has no lazy form; and SyncBatchNorm where `to` does not say for how many axes.
+    the new class has no lazy form; and SyncBatchNorm where nothing says for how many axes it is: neither `to`, nor the
+    layer that was converted to it, nor a convolution before it in the `torch.fx` graph.
 
     Args:
         model: any module.
@@ -51,8 +56,9 @@ def convert(
         Changes: `model` has the converted layers; `revert()` gives every layer back its class and options.
 
     Raises:
-        InputTypeError: `model` is no module, `to` is neither a name nor a class.
-        InputError: `to` is not known, or an option is none of the class's.
+        InputTypeError: `model` is no module, `to` is neither a name nor a class, `eps` or `momentum` no number.
+        InputError: `to` is not known, an option is none of the class's, `eps` is not positive, or `momentum` not from 0
+            to 1. (PyTorch's constructors take any number and compute nonsense with it.)
         ModelError: the model is scripted, wrapped for distributed training or cannot be copied.
 
     Example:
@@ -102,6 +108,7 @@ def _template(cls: type[nn.Module], options: dict[str, Any]) -> dict[str, Any]:
                 f"convert: {wrong[0]}", got="an option", expected="what the layers have: it cannot be changed"
             )
         )
+    _check_numbers(options)
     make: Any = cls
     try:
         layer = make(**options) if issubclass(cls, nn.modules.lazy.LazyModuleMixin) else make(1, **options)
@@ -112,20 +119,34 @@ def _template(cls: type[nn.Module], options: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in vars(layer).items() if name == "__module__" or name[0] != "_"}
 
 
+def _check_numbers(options: dict[str, Any]) -> None:
+    """Refuse an eps and a momentum that no layer can work with; the constructors take them."""
+    for name in ("eps", "momentum"):
+        value = options.get(name)
+        if name not in options or (name == "momentum" and value is None):
+            continue
+        expected = "a number above 0" if name == "eps" else "a number from 0 to 1, or None"
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise InputTypeError(message(f"convert: {name}", got=type(value).__name__, expected=expected))
+        if not (0 < value < math.inf if name == "eps" else 0 <= value <= 1):
+            raise InputError(message(f"convert: {name}", got=value, expected=expected))
+
+
 def _plan(model: nn.Module, family: Family, only: int, options: dict[str, Any]) -> Plan:
     plan = Plan("convert", model)
-    parts: tuple[Traced, ...] = ()
-    if not any(issubclass(cls, Extras) for cls in family.classes.values()):
-        # Who loses the arguments residual and mask must not be called with them.
-        parts, problem = trace_parts(model, lambda module: isinstance(module, Extras), training=None)
-        if problem:
-            plan.note(
-                f"whether layers are called with a residual or a mask was not seen everywhere ({problem})"
-            )
+    # Who loses the arguments residual and mask must not be called with them.
+    poorer = not any(issubclass(cls, Extras) for cls in family.classes.values())
+    parts, problem = trace_parts(
+        model,
+        lambda module: (poorer and isinstance(module, Extras)) or (not only and _for_any_axes(module)),
+        training=None,
+    )
+    if problem and poorer and any(isinstance(spot.module, Extras) for spot in plan.spots):
+        plan.note(f"whether layers are called with a residual or a mask was not seen everywhere ({problem})")
     for spot in plan.spots:
         if not isinstance(spot.module, _NormBase) or not kinds.is_batch_norm(spot.module):
             continue
-        cls, reason = _new_class(spot.module, family, only)
+        cls, reason = _new_class(spot.module, family, only, parts)
         reason = reason or (_lost(spot.module, cls, parts) if cls is not None else "")
         if reason or cls is None:
             plan.skip(spot, reason)
@@ -134,7 +155,25 @@ def _plan(model: nn.Module, family: Family, only: int, options: dict[str, Any]) 
     return plan
 
 
-def _new_class(module: nn.Module, family: Family, only: int) -> tuple[type[nn.Module] | None, str]:
+def _for_any_axes(module: nn.Module) -> bool:
+    """Whether a layer's class is one for every number of axes, and the layer has not come from another."""
+    found = family_of(type(module))
+    return found is not None and not found[1] and _AXES not in vars(module)
+
+
+def _axes_of(module: nn.Module, parts: tuple[Traced, ...]) -> int:
+    """How many axes behind the channels the graph says that such a layer is for; 0 if it does not."""
+    found = set()
+    for part in parts:
+        known = ranks(part)
+        found |= {known.get(node.all_input_nodes[0]) for node in part.calls(module)}
+    rank = found.pop() if len(found) == 1 else None
+    return 0 if rank is None else max(rank - 2, 1)
+
+
+def _new_class(
+    module: nn.Module, family: Family, only: int, parts: tuple[Traced, ...]
+) -> tuple[type[nn.Module] | None, str]:
     if isinstance(module, Frozen):
         return None, "it is frozen: unfreeze it first"
     found = family_of(type(module))
@@ -142,7 +181,7 @@ def _new_class(module: nn.Module, family: Family, only: int) -> tuple[type[nn.Mo
     if found is None or reason:
         return None, reason
     _, axes, lazy = found
-    axes = axes or only
+    axes = axes or vars(module).get(_AXES, 0) or only or _axes_of(module, parts)
     if only and axes != only:
         return None, f"{type(module).__name__} takes input of another number of axes"
     classes = family.lazy if lazy else family.classes
@@ -151,9 +190,10 @@ def _new_class(module: nn.Module, family: Family, only: int) -> tuple[type[nn.Mo
         single = set(classes.values())
         if len(single) == 1:
             return single.pop(), ""
-        return (
-            None,
-            f"{type(module).__name__} does not say for how many axes it is: name the class to convert to",
+        known = ", ".join(each.__name__ for each in classes.values())
+        return None, (
+            f"{type(module).__name__} does not say for how many axes it is, and no convolution before it does: name "
+            f"the class to convert to, one of {known}"
         )
     if axes not in classes:
         return None, "its shape is not known yet: run one batch through the model first"
@@ -177,6 +217,11 @@ def _convert(plan: Plan, spot: Spot, cls: type[nn.Module], options: dict[str, An
     module = spot.module
     before, after = _template(type(module), {}), _template(cls, options)
     plan.set_class(module, cls)
+    old, new = family_of(type(module)), family_of(cls)
+    if old is not None and old[1] and new is not None and not new[1]:
+        plan.set_attribute(module, _AXES, old[1])
+    elif _AXES in vars(module) and new is not None and new[1]:
+        plan.drop_attribute(module, _AXES)
     for name, value in after.items():
         if name in options or name not in before:
             plan.set_attribute(module, name, value)

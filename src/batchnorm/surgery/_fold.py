@@ -163,6 +163,8 @@ class _Folding:
             weight, bias = layer.parameters()
             self.result.set_parameter(layer.layer, "weight", weight)
             self.result.set_parameter(layer.layer, "bias", bias)
+        for note in self._guarded():
+            self.result.note(note)
         for key, module in self.merged.items():
             if key not in self.folded:
                 self._rewrite(module, self.norms[key])
@@ -291,6 +293,21 @@ class _Folding:
             gains = not kinds.is_batch_norm(layer) and layer._parameters.get("bias") is None
             parts.append(self.spots[id(layer)].name + (", which has a bias now" if gains else ""))
         return f"folded into {' and '.join(parts)}"
+
+    def _guarded(self) -> list[str]:
+        """What is to be known of the `Rows` layers that stay."""
+        names = [
+            spot.name
+            for spot in self.result.spots
+            if id(spot.module) in self.folded
+            and any(isinstance(each, Rows) for each in self.folded[id(spot.module)][0].modules())
+        ]
+        if not names:
+            return []
+        return [
+            f"whether the input of the linear layer is (N, C) was not seen for {', '.join(names)}: Rows stays there, "
+            "which raises an error on input of another number of axes; with an example it is not needed"
+        ]
 
     def _rewrite(self, module: nn.Module, norm: Norm) -> None:
         """Other numbers for a batch norm that took the one before it; its variance stays."""

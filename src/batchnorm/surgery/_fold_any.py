@@ -39,6 +39,8 @@ def fold_graph(model: Any, example: object, *, inplace: bool) -> Changes:
             changes = fold_program(model)
             found = [] if example is None else _compared_programs(model, changes.model, example)
     changes.notes += tuple(f"on the example, {line}" for line in found)
+    if not (changes.changed or changes.skipped):
+        changes.notes = ("the model has no batch norm", *changes.notes)
     return changes
 
 

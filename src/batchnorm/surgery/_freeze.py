@@ -1,5 +1,6 @@
 """`freeze` and `unfreeze`: batch norms that keep their statistics, or their weight and bias, in training."""
 
+import itertools
 from typing import Any, ClassVar
 
 from torch import nn
@@ -10,6 +11,11 @@ from batchnorm._walk import Changes, Plan, Spot, prepared
 from batchnorm.surgery import _kinds as kinds
 
 __all__ = ["Frozen", "freeze", "unfreeze"]
+
+# Each operation leaves a number of its own on the layers that it changed. Where a later one has put another there,
+# the earlier cannot be reverted before it: that would leave a layer half frozen.
+_STAMP = "_frozen_by"
+_stamps = itertools.count(1000)  # small integers are one object each, and identity is what is compared
 
 
 class Frozen(nn.Module):
@@ -76,7 +82,8 @@ def freeze(
         inplace: change `model` itself; else a deep copy is changed.
 
     Returns:
-        Changes: `model` has the frozen layers; `revert()` gives every layer back its class, mode and flags.
+        Changes: `model` has the frozen layers; `revert()` gives every layer back its class, its flags and the mode that
+            the model is in then. After a second `freeze` or `unfreeze` of the same layers that one comes first.
 
     Raises:
         InputTypeError: `model` is no module.
@@ -120,7 +127,7 @@ def unfreeze(
 
     `unfreeze(model.layer4, inplace=True)` is for one part. A layer gets its class back and is in the mode that the
     model was last put in; with `affine`, weight and bias require a gradient. `freeze(...).revert()` is exact instead:
-    it gives back what each layer was.
+    a weight that was not trained before is not trained afterwards.
 
     Args:
         model: any module.
@@ -181,6 +188,7 @@ def _require(plan: Plan, module: nn.Module, wanted: bool) -> list[str]:
 
 def _report(plan: Plan, spot: Spot, done: list[str], why: list[str], how: str) -> None:
     if done:
+        plan.set_attribute(spot.module, _STAMP, next(_stamps))
         plan.alter(spot, note="; ".join([f"{', '.join(done)} {how}", *why]))
     elif why:
         plan.skip(spot, "; ".join(why))

@@ -170,7 +170,7 @@ class _Fusing:
         if kind is not None:
             self.result.set_attribute(module, "activation", kind.name)
             self.result.set_attribute(module, "negative_slope", kind.slope)
-        self.result.alter(spot, note=why)
+        self.result.alter(spot, note=why, only_class=id(module) not in self.taken)
 
     def _part(self, graphs: list[Traced]) -> None:
         candidates: dict[int, _Calls] = {}

@@ -1,8 +1,7 @@
-"""Files that hold a model or its weights: ONNX, `torch.export`, safetensors and PyTorch's own."""
+"""Files that hold a model: ONNX and `torch.export`. (Weights alone are the command line's: cli/_weights.py.)"""
 
 import io
 import os
-import pickle
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from batchnorm._errors import DataError, InputError, ModelError, message
+from batchnorm._errors import InputError, ModelError, message
 from batchnorm._files import check_writable, require, write_whole
 
 if TYPE_CHECKING:
@@ -23,7 +22,6 @@ if TYPE_CHECKING:
 __all__ = [
     "external_files",
     "load_model",
-    "load_weights",
     "random_inputs",
     "run_onnx",
     "save",
@@ -32,7 +30,6 @@ __all__ = [
 
 # What a protobuf message holds at most; beyond that the weights go into a file of their own.
 _ONE_FILE = 2**31 - 2**20
-_WEIGHTS = (".safetensors", ".pt", ".pth")
 
 
 @contextmanager
@@ -55,7 +52,9 @@ def load_model(path: str | os.PathLike[str]) -> Any:
     if suffix not in (".onnx", ".pt2"):
         expected = ".onnx or .pt2 (what torch.export.save writes)"
         raise InputError(message("model file", got=file.name or str(path), expected=expected))
-    _check_there(file, "model file")
+    if not file.is_file():
+        got = f"the folder {file}" if file.is_dir() else f"{file}, which is not there"
+        raise InputError(message("model file", got=got, expected="a file"))
     try:
         if suffix == ".onnx":
             onnx = require("onnx", package="onnx", purpose="Reading an ONNX file")
@@ -95,86 +94,23 @@ def external_files(path: str | os.PathLike[str]) -> list[Path]:
     return [Path(path).parent / name for name in sorted(names)]
 
 
-def load_weights(path: str | os.PathLike[str], model: nn.Module) -> None:
-    """Load a state dict into a model: safetensors, or PyTorch's format without arbitrary objects.
-
-    Raises:
-        InputError: another kind of file, or none.
-        DataError: it cannot be read, or does not hold the weights of this model.
-    """
-    file = Path(path)
-    suffix = file.suffix.lower()
-    if suffix not in _WEIGHTS:
-        raise InputError(message("weights", got=file.name or str(path), expected=" or ".join(_WEIGHTS)))
-    _check_there(file, "weights")
-    try:
-        if suffix == ".safetensors":
-            read = require("safetensors.torch", package="safetensors", purpose="Reading a safetensors file")
-            found = read.load_file(file)
-        else:
-            found = torch.load(file, map_location="cpu", weights_only=True)
-    except ImportError:
-        raise
-    except pickle.UnpicklingError as error:
-        raise DataError(
-            message(
-                f"weights {file}",
-                got="a file that holds more than tensors, which could run any code",
-                expected="a state dict",
-                fix="Save model.state_dict() instead of the model.",
-            )
-        ) from error
-    except Exception as error:  # broken files fail in any way
-        raise DataError(message(f"weights {file}", got=_told(error), expected="a state dict")) from error
-    if isinstance(found, Mapping) and isinstance(found.get("state_dict"), Mapping):
-        found = found["state_dict"]
-    if not isinstance(found, Mapping) or not all(isinstance(key, str) for key in found):
-        raise DataError(message(f"weights {file}", got=type(found).__name__, expected="a state dict"))
-    try:
-        model.load_state_dict(found)
-    except RuntimeError as error:
-        raise DataError(
-            message(f"weights {file}", got=_told(error), expected="the names and shapes of this model")
-        ) from error
-
-
-def _check_there(file: Path, what: str) -> None:
-    if not file.is_file():
-        got = f"the folder {file}" if file.is_dir() else f"{file}, which is not there"
-        raise InputError(message(what, got=got, expected="a file"))
-
-
 def _told(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split()) or 'no message'}"[:500]
 
 
 def save(model: Any, path: str | os.PathLike[str]) -> list[Path]:
-    """Write an ONNX model, an exported program or the weights of a module, by what `model` is; the files written.
+    """Write an ONNX model or an exported program, by what `model` is; the files written.
 
     Raises:
         OutputError: it cannot be written; nothing is left half-written.
     """
     file = check_writable(path)
-    if isinstance(model, nn.Module):
-        return [write_whole(file, _state(model, file.suffix.lower()))]
     if type(model).__name__ == "ModelProto":
         return _save_onnx(model, file)
     buffer = io.BytesIO()
     with without_warnings():
         torch.export.save(model, buffer)
     return [write_whole(file, buffer.getvalue())]
-
-
-def _state(model: nn.Module, suffix: str) -> bytes:
-    if suffix == ".safetensors":
-        write = require("safetensors.torch", package="safetensors", purpose="Writing a safetensors file")
-        # The format knows neither strides nor tensors that share their memory.
-        state = {name: value.detach().clone().contiguous() for name, value in model.state_dict().items()}
-        data: bytes = write.save(state)
-        return data
-    buffer = io.BytesIO()
-    torch.save(model.state_dict(), buffer)
-    return buffer.getvalue()
 
 
 def _save_onnx(model: "ModelProto", file: Path) -> list[Path]:
