@@ -10,9 +10,9 @@ import numpy as np
 
 from batchnorm._errors import InputError, InputTypeError, message
 from batchnorm.stats._conventions import Convention
-from batchnorm.stats._variables import Layer
+from batchnorm.stats._variables import Layer, times
 
-__all__ = ["Count", "corrected", "hidden", "next_weight", "number", "other", "plain", "scaled", "whole"]
+__all__ = ["Count", "corrected", "next_weight", "number", "other", "plain", "scaled", "share_of", "whole"]
 
 Count = float | Mapping[str, float]
 
@@ -63,7 +63,7 @@ def scaled(layer: Layer, count: Count | None, factor: Callable[[float], float]) 
                 expected="more than 1: the values that a channel had in a training batch, samples times positions",
             )
         )
-    return replace(layer, var=(layer.var.astype(np.float64) * factor(n)).astype(layer.var.dtype))
+    return replace(layer, var=times(layer.var, factor(n)))
 
 
 def next_weight(momentum: float, batches: int | None) -> float | None:
@@ -74,19 +74,18 @@ def next_weight(momentum: float, batches: int | None) -> float | None:
 
 
 def corrected(convention: Convention, layer: Layer, momentum: float) -> Layer:
-    """Equinox keeps the average before the correction; it uses hidden/(1 − mᵗ), and hidden itself at t = 0."""
-    if not convention.hidden or not layer.batches or momentum == 1:
+    """With the averages that are used: Equinox keeps those before the correction."""
+    share = share_of(convention, layer.batches, momentum)
+    if not convention.hidden or share == 1:
         return layer
-    return _times(layer, 1 / (1 - momentum**layer.batches))
+    return replace(layer, mean=times(layer.mean, 1 / share), var=times(layer.var, 1 / share))
 
 
-def hidden(layer: Layer, momentum: float) -> Layer:
-    return _times(layer, 1 - momentum**layer.batches) if layer.batches else layer
-
-
-def _times(layer: Layer, factor: float) -> Layer:
-    mean, var = ((value.astype(np.float64) * factor).astype(value.dtype) for value in (layer.mean, layer.var))
-    return replace(layer, mean=mean, var=var)
+def share_of(convention: Convention, batches: int | None, momentum: float) -> float:
+    """1 − mᵗ, what an average that began with 0 holds after t batches; Equinox uses 1 at t = 0."""
+    if batches is None or (convention.hidden and batches == 0):
+        return 1.0
+    return 1 - momentum**batches
 
 
 def plain(momentum: float, framework: str) -> int:

@@ -11,12 +11,12 @@ from batchnorm._errors import InputError, InputTypeError, message
 from batchnorm.stats._averages import (
     Count,
     corrected,
-    hidden,
     next_weight,
     number,
     other,
     plain,
     scaled,
+    share_of,
     whole,
 )
 from batchnorm.stats._conventions import Convention, convention_of
@@ -131,13 +131,15 @@ def from_framework(
     layers, others = read(convention, variables)
     _check_has(convention, options, layers)
     notes = [f"left alone: {others} other array{'s' * (others > 1)}"] if others else []
+    _check_count(count, layers)
     layers = _chosen(layers, names)
     notes += _about_training(convention, layers, momentum, count)
     ready = [corrected(convention, layer, momentum) for layer in layers]
     if not convention.unbiased:
         ready = [scaled(layer, count, lambda n: n / (n - 1)) for layer in ready]
-    _check_count(count, layers)
-    filled, missing = fill(ready, weight_alone=True, bias_alone=False)
+    # No layer of PyTorch's has β without γ.
+    bias = any(layer.bias is not None for layer in ready)
+    filled, missing = fill(ready, bias or any(layer.weight is not None for layer in ready), bias)
     values: dict[str, Any] = {}
     for layer in filled:
         ours = _our_name(layer.name) if names is None else names[layer.name]
@@ -184,8 +186,9 @@ def to_framework(
             1 − mᵗ is 1 and they move by `momentum` as ours do. To bring back what came from there, give its own.
         shape: that of their arrays with -1 for the channels; None for (-1,). Haiku's have the rank of the layer's input
             and need it: (1, 1, 1, -1) for images with channels last.
-        options: fused=False (`"tensorflow"`, `"tf-slim"`) or mode="ema" (`"equinox"`); affine and bias as in a
-            `Translation`'s options, which must agree with the state dict.
+        options: those of the table but for momentum and ε: scale=False, say, leaves out a γ that is 1 everywhere,
+            fused=False and mode="ema" choose the convention. affine and bias, as in a `Translation`'s options, are
+            compared with the state dict.
 
     Returns:
         A `Translation`. `values` are new numpy arrays: by flat names for Keras and TensorFlow, as `{"params": ...,
@@ -210,8 +213,9 @@ def to_framework(
     convention = convention_of(framework, options)
     theirs, epsilon = other(number("momentum", momentum, 0, 1)), number("eps", eps, 0, math.inf)
     layers, others = _read_state(state_dict)
-    _check_affine(layers, options)
+    has = _has(convention, layers, options)
     notes = [f"left alone: {others} other entr{'ies' if others > 1 else 'y'}"] if others else []
+    _check_count(count, layers)
     layers = _chosen(layers, names)
     if not convention.unbiased:
         if count is None:
@@ -220,22 +224,17 @@ def to_framework(
                 f"one, {framework} the biased one, (n - 1)/n times as large; give count=n to have it converted"
             )
         layers = [scaled(layer, count, lambda n: (n - 1) / n) for layer in layers]
-    _check_count(count, layers)
     if convention.counter is not None:
         batches = plain(theirs, framework) if counter is None else whole("counter", counter)
-        layers = [replace(layer, batches=batches) for layer in layers]
-    filled, missing = fill(layers, weight_alone=convention.weight_alone, bias_alone=convention.bias_alone)
-    if convention.hidden:
-        filled = [hidden(layer, theirs) for layer in filled]
+        share = share_of(convention, batches, theirs)
+        layers = [replace(layer, batches=batches, share=share) for layer in layers]
+    filled, missing = fill(layers, *has)
     renamed = [
         replace(each, name=_their_name(each.name) if names is None else names[each.name]) for each in filled
     ]
     values = write(convention, renamed, shape)
-    has = {
-        convention.has_weight: filled[0].weight is not None,
-        convention.has_bias: filled[0].bias is not None,
-    }
-    their_options: dict[str, Any] = {convention.momentum: theirs, convention.eps: epsilon, **has}
+    their_options: dict[str, Any] = {convention.momentum: theirs, convention.eps: epsilon}
+    their_options |= {convention.has_weight: has[0], convention.has_bias: has[1]}
     if "mode" in convention.switches:
         their_options["mode"] = convention.switches["mode"]
     return Translation(values, their_options, tuple(layer.name for layer in layers), (*notes, *missing))
@@ -278,20 +277,22 @@ def _check_has(convention: Convention, options: Mapping[str, Any], layers: Seque
             raise InputError(message(f"options of {convention.name}", got=got, expected="options that agree"))
 
 
-def _check_affine(layers: Sequence[Layer], options: dict[str, Any]) -> None:
-    """`affine` and `bias`, as a Translation has them, say nothing that the state dict does not say."""
-    weight = any(layer.weight is not None for layer in layers)
-    there = {"affine": weight, "bias": any(layer.bias is not None for layer in layers) or not weight}
+def _has(convention: Convention, layers: Sequence[Layer], options: Mapping[str, Any]) -> tuple[bool, bool]:
+    """Whether their layers are to have γ and β: as the options say, by our names or by theirs, or as ours have them."""
+    weight, bias = (any(getattr(layer, kind) is not None for layer in layers) for kind in ("weight", "bias"))
+    known = {"affine": weight, "bias": bias or not weight}
     for name, value in options.items():
-        if name not in there:
-            raise InputError(
-                message(
-                    "option", got=name, expected="momentum, eps, affine, bias, fused or mode where they apply"
-                )
-            )
-        if bool(value) != there[name]:
-            got = f"{name}={value} and a state dict that says {there[name]}"
+        if name in known and bool(value) != known[name]:
+            got = f"{name}={value} and a state dict that says {known[name]}"
             raise InputError(message("options", got=got, expected="options that agree with the state dict"))
+        if name not in (*known, convention.has_weight, convention.has_bias):
+            theirs = (*known, convention.has_weight, convention.has_bias, *convention.switches)
+            raise InputError(
+                message(f"option for {convention.name}", got=name, expected=", ".join(dict.fromkeys(theirs)))
+            )
+    weight = bool(options.get(convention.has_weight, weight or (bias and not convention.bias_alone)))
+    bias = bool(options.get(convention.has_bias, bias or (weight and not convention.weight_alone)))
+    return weight, bias
 
 
 def _read_state(state_dict: Any) -> tuple[list[Layer], int]:

@@ -10,7 +10,7 @@ import torch
 from batchnorm._errors import InputError, InputTypeError, message
 from batchnorm.stats._conventions import Convention, Path
 
-__all__ = ["Layer", "Numbers", "as_vector", "fill", "read", "write"]
+__all__ = ["Layer", "Numbers", "as_vector", "check", "fill", "read", "times", "where", "write"]
 
 Numbers = np.ndarray[Any, np.dtype[np.floating[Any]]]
 
@@ -25,6 +25,8 @@ class Layer:
     weight: Numbers | None = None
     bias: Numbers | None = None
     batches: int | None = None
+    # Of the averages, what is left before they are corrected for their start.
+    share: float = 1.0
     dropped: tuple[str, ...] = ()
 
 
@@ -57,10 +59,15 @@ def as_vector(name: str, value: Any) -> Numbers:
     return array.reshape(-1)
 
 
+def times(value: Numbers, factor: float) -> Numbers:
+    """The product, rounded once."""
+    return (value.astype(np.float64) * factor).astype(value.dtype)
+
+
 def _leaves(tree: Any, path: Path = ()) -> Iterable[tuple[Path, Any]]:
     if isinstance(tree, Mapping):
         items = [(str(key), value) for key, value in tree.items()]
-    elif isinstance(tree, list | tuple):
+    elif isinstance(tree, list | tuple) and not all(isinstance(value, int | float) for value in tree):
         items = [(str(index), value) for index, value in enumerate(tree)]
     elif tree is not None:
         yield path, tree
@@ -177,7 +184,7 @@ def _layer(convention: Convention, name: str, values: Mapping[Path, Any]) -> Lay
         arrays.get(convention.weight),
         arrays.get(convention.bias),
         _batches(convention, values, where),
-        tuple(_spell(part) for part in convention.dropped if part in values),
+        dropped=tuple(_spell(part) for part in convention.dropped if part in values),
     )
     check(
         layer,
@@ -238,26 +245,32 @@ def check(layer: Layer, spelled: Mapping[str, Path]) -> None:
         )
 
 
-def fill(layers: Sequence[Layer], *, weight_alone: bool, bias_alone: bool) -> tuple[list[Layer], list[str]]:
-    """The same layers with γ in all or in none, and β too: what is missing is 1 or 0, and a note says so."""
-    weight, bias = (
-        any(each.weight is not None for each in layers),
-        any(each.bias is not None for each in layers),
-    )
-    weight, bias = weight or (bias and not bias_alone), bias or (weight and not weight_alone)
-    filled, without = [], {"γ": [], "β": []}  # type: ignore[var-annotated]
-    for layer in layers:
-        if weight and layer.weight is None:
-            without["γ"].append(layer.name)
-            layer = replace(layer, weight=np.ones_like(layer.mean))
-        if bias and layer.bias is None:
-            without["β"].append(layer.name)
-            layer = replace(layer, bias=np.zeros_like(layer.mean))
-        filled.append(layer)
+def fill(layers: Sequence[Layer], weight: bool, bias: bool) -> tuple[list[Layer], list[str]]:
+    """The same layers, all of them with γ or none, and with β or none: what is missing is 1 or 0, and a note says so.
+
+    Raises:
+        InputError: a γ or β that is to be left out and is not 1 or 0 everywhere.
+    """
+    kinds = (("weight", "γ", 1.0, weight), ("bias", "β", 0.0, bias))
+    changed: dict[str, Any]
+    filled, without = list(layers), {"γ": list[str](), "β": list[str]()}
+    for kind, letter, neutral, wanted in kinds:
+        for place, layer in enumerate(filled):
+            value = getattr(layer, kind)
+            if wanted and value is None:
+                without[letter].append(layer.name)
+                changed = {kind: np.full_like(layer.mean, neutral)}
+                filled[place] = replace(layer, **changed)
+            elif not wanted and value is not None:
+                if (value != neutral).any():
+                    got = f"a {letter} that is not {neutral:g}{where([layer.name])}"
+                    raise InputError(message("options", got=got, expected="options that keep it"))
+                changed = {kind: None}
+                filled[place] = replace(layer, **changed)
     notes = [
-        f"no {what}{where(names)}: {'1' if what == 'γ' else '0'} in its place, which trains unless it is frozen"
-        for what, names in without.items()
-        if names
+        f"no {letter}{where(names)}: {neutral:g} in its place, which trains unless it is frozen"
+        for _, letter, neutral, _ in kinds
+        if (names := without[letter])
     ]
     return filled, notes
 
@@ -329,7 +342,7 @@ def _haiku(convention: Convention, tree: dict[str, Any], layer: Layer, parts: Ma
         else:
             state[f"{layer.name}/~/{part[0]}"] = {
                 "counter": batches,
-                "hidden": value.copy(),
+                "hidden": times(value, layer.share),
                 "average": value,
             }
 
@@ -339,11 +352,13 @@ def _equinox(
 ) -> None:
     own: dict[str, Any] = tree.setdefault(layer.name, {}) if layer.name else tree
     own.update({part[0]: value for part, value in parts.items() if len(part) == 1})
-    own[convention.mean[0]] = (parts[convention.mean], parts[convention.var])
+    mean, var = parts[convention.mean], parts[convention.var]
+    own[convention.mean[0]] = (times(mean, layer.share), times(var, layer.share))
+    # Python's numbers become the weakly typed arrays that Equinox compares with.
     if convention.counter is not None:
-        own[convention.counter[0]] = np.int32(layer.batches or 0)
+        own[convention.counter[0]] = layer.batches or 0
     if convention.empty is not None:
-        own[convention.empty[0]] = np.False_
+        own[convention.empty[0]] = False
 
 
 _WRITERS: dict[str, Callable[[Convention, dict[str, Any], Layer, Mapping[Path, Numbers]], None]] = {
