@@ -278,7 +278,9 @@ def haiku() -> None:
 
     params, state = hk.transform_with_state(net).init(jax.random.key(0), np.zeros((1, 32, 32, 3), np.float32))
     found = batchnorm.from_framework("haiku", {"params": params, "state": state}, decay_rate=0.9)
-    assert len(found.layers) == 13  # one before the blocks, two in each of four, and one in each of their shortcuts
+    assert (
+        len(found.layers) == 13
+    )  # one before the blocks, two in each of four, and one in each of their shortcuts
     assert "res_net/~/initial_batchnorm" in found.layers
     assert "res_net.initial_batchnorm.running_var" in found.values
     back = {layer.replace("/~/", ".").replace("/", "."): layer for layer in found.layers}
