@@ -259,6 +259,14 @@ def test_the_variables_of_batch_renormalization_are_left_out() -> None:
     assert set(found.values) == set(batchnorm.BatchNorm1d(C).state_dict())
 
 
+def test_the_names_in_a_checkpoint_of_tensorflow() -> None:
+    end = "/.ATTRIBUTES/VARIABLE_VALUE"
+    variables = {f"layer_with_weights-1/{name}{end}": value for name, value in KERAS.items()}
+    variables[f"layer_with_weights-1/gamma/.OPTIMIZER_SLOT/optimizer/m{end}"] = GAMMA
+    found = batchnorm.from_framework("tensorflow", variables)
+    assert (found.layers, found.notes) == (("layer_with_weights-1",), ("left alone: 1 other array",))
+
+
 def test_slots_of_an_optimizer_are_no_layer() -> None:
     slots = {f"bn/{name}/Momentum": value for name, value in KERAS.items()}
     found = batchnorm.from_framework("tf-slim", {**{f"bn/{k}": v for k, v in KERAS.items()}, **slots})
@@ -288,6 +296,12 @@ def test_slots_of_an_optimizer_are_no_layer() -> None:
         ),
         ("equinox", {"batch_state_index": (MEAN, VAR)}, {}, "got no batch_counter"),
         ("equinox", EMA, {"mode": "legacy"}, "mode: got 'legacy', expected 'batch' or 'ema'"),
+        (
+            "equinox",
+            {**COUNTED, "batch_counter": 3},
+            {"momentum": 1},
+            "momentum: got 1, by which equinox divides",
+        ),
         ("keras", {"moving_mean": MEAN}, {}, "variables of the layer: got no moving_variance"),
         ("keras", {"a/moving_mean": MEAN}, {}, "variables of a: got no moving_variance"),
         ("keras", {**KERAS, "gama": GAMMA}, {}, "got gama, expected no more than gamma, beta, moving_mean"),

@@ -78,6 +78,14 @@ def corrected(convention: Convention, layer: Layer, momentum: float) -> Layer:
     share = share_of(convention, layer.batches, momentum)
     if not convention.hidden or share == 1:
         return layer
+    if share == 0:
+        raise InputError(
+            message(
+                convention.momentum,
+                got=f"1, by which {convention.name} divides its averages by 0",
+                expected="less than 1",
+            )
+        )
     return replace(layer, mean=times(layer.mean, 1 / share), var=times(layer.var, 1 / share))
 
 

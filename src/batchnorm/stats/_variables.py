@@ -12,6 +12,8 @@ from batchnorm.stats._conventions import Convention, Path
 
 __all__ = ["Layer", "Numbers", "as_vector", "check", "fill", "read", "times", "where", "write"]
 
+# What TensorFlow appends to the name of a variable, and to that in a checkpoint.
+_SUFFIXES = (":0", "/.ATTRIBUTES/VARIABLE_VALUE")
 Numbers = np.ndarray[Any, np.dtype[np.floating[Any]]]
 
 
@@ -75,7 +77,9 @@ def _leaves(tree: Any, path: Path = ()) -> Iterable[tuple[Path, Any]]:
     else:
         return
     for key, value in items:
-        yield from _leaves(value, (*path, *key.removesuffix(":0").split("/")))
+        for suffix in _SUFFIXES:
+            key = key.removesuffix(suffix)
+        yield from _leaves(value, (*path, *key.split("/")))
 
 
 def _leaves_of(convention: Convention, variables: Mapping[Any, Any]) -> dict[Path, Any]:
