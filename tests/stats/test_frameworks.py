@@ -1,6 +1,8 @@
 """`from_framework` and `to_framework` on arrays: known numbers, names, errors, and that nothing is lost on the way."""
 
+import doctest
 import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -370,3 +372,9 @@ def test_a_state_dict_without_batch_norm() -> None:
         batchnorm.to_framework("keras", torch.nn.Linear(2, 2).state_dict())
     with pytest.raises(batchnorm.InputTypeError, match="got a BatchNorm1d, expected a state dict"):
         batchnorm.to_framework("keras", batchnorm.BatchNorm1d(2))  # type: ignore[arg-type]
+
+
+def test_the_sessions_of_the_page() -> None:
+    page = Path(__file__).resolve().parents[2] / "docs/frameworks.md"
+    result = doctest.testfile(str(page), module_relative=False, encoding="utf-8")
+    assert (result.failed, result.attempted >= 10) == (0, True)
