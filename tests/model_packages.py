@@ -30,6 +30,14 @@ def _declare_torchvision_ops() -> None:
     _library.define(f"qnms{scheme}")
 
 
+def folder(name: str) -> Path:
+    """Where a package lies; it is not imported, for its own dependencies may be missing."""
+    found = importlib.util.find_spec(name)
+    if found is None or found.origin is None:
+        pytest.skip(f"{name} is not installed: {_INSTALL}")
+    return Path(found.origin).parent
+
+
 def package(name: str) -> ModuleType:
     _declare_torchvision_ops()
     if importlib.util.find_spec(name) is None:

@@ -1,9 +1,12 @@
 """ONNX models made by hand, for the tests of what reads and writes them."""
 
+import warnings
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 onnx = pytest.importorskip("onnx")
 from onnx import TensorProto, helper, numpy_helper  # noqa: E402
@@ -76,3 +79,16 @@ def count(made: Any, kind: str = "BatchNormalization") -> int:
 
 def constants_of(made: Any) -> dict[str, np.ndarray]:
     return {each.name: numpy_helper.to_array(each) for each in made.graph.initializer}
+
+
+def export(net: torch.nn.Module, x: torch.Tensor, path: Path) -> Path:
+    """A file in which the batch norms are still there: the exporter's own optimizer folds those behind convolutions."""
+    optimizer = pytest.importorskip("onnxscript.optimizer")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        exported = torch.onnx.export(net, (x,), dynamo=True, verbose=False, optimize=False)
+    assert exported is not None
+    optimizer.fold_constants(exported.model, onnx_shape_inference=True)
+    optimizer.remove_unused_nodes(exported.model)
+    exported.save(path)
+    return path

@@ -29,6 +29,7 @@ _HOME = {
     "RecalibratedLayer": "stats",
     "Recalibration": "stats",
     "Trace": "explain",
+    "Translation": "stats",
     "absorb_bias": "surgery",
     "adapt": "stats",
     "averaged": "stats",
@@ -38,12 +39,14 @@ _HOME = {
     "explain_backend": "ops",
     "fold": "surgery",
     "freeze": "surgery",
+    "from_framework": "stats",
     "fuse": "surgery",
     "insert": "surgery",
     "merge_statistics": "stats",
     "parameter_groups": "stats",
     "recalibrate": "stats",
     "remove": "surgery",
+    "to_framework": "stats",
     "trace": "explain",
     "unfreeze": "surgery",
 }
@@ -76,11 +79,14 @@ if TYPE_CHECKING:
     from batchnorm.stats import Averaged as Averaged
     from batchnorm.stats import RecalibratedLayer as RecalibratedLayer
     from batchnorm.stats import Recalibration as Recalibration
+    from batchnorm.stats import Translation as Translation
     from batchnorm.stats import adapt as adapt
     from batchnorm.stats import averaged as averaged
+    from batchnorm.stats import from_framework as from_framework
     from batchnorm.stats import merge_statistics as merge_statistics
     from batchnorm.stats import parameter_groups as parameter_groups
     from batchnorm.stats import recalibrate as recalibrate
+    from batchnorm.stats import to_framework as to_framework
     from batchnorm.surgery import absorb_bias as absorb_bias
     from batchnorm.surgery import convert as convert
     from batchnorm.surgery import fold as fold

@@ -2,6 +2,7 @@
 
 from batchnorm.stats._adapt import Adapted, adapt
 from batchnorm.stats._averaged import Averaged, averaged
+from batchnorm.stats._frameworks import Translation, from_framework, to_framework
 from batchnorm.stats._groups import parameter_groups
 from batchnorm.stats._merge import merge_statistics
 from batchnorm.stats._recalibrate import recalibrate
@@ -12,9 +13,12 @@ __all__ = [
     "Averaged",
     "RecalibratedLayer",
     "Recalibration",
+    "Translation",
     "adapt",
     "averaged",
+    "from_framework",
     "merge_statistics",
     "parameter_groups",
     "recalibrate",
+    "to_framework",
 ]
