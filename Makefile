@@ -28,7 +28,8 @@ TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 PYTEST := $(BIN)/python -m pytest -q -n $(JOBS) --maxprocesses 4 --dist loadgroup
 QUICK := not slow and not browser and not packages and not gpu
 
-SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard src/batchnorm/kernels/cpu/csrc/*)
+# A new package, too: an editable installation knows those that were there.
+SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard src/batchnorm/kernels/cpu/csrc/* src/batchnorm/*/__init__.py)
 
 .PHONY: help
 help: ## this list
