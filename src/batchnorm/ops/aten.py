@@ -11,7 +11,7 @@ from torch import Tensor
 from batchnorm import reference
 from batchnorm._activations import activation_named
 
-__all__ = ["Running", "batch_norm"]
+__all__ = ["Running", "batch_norm", "normalize"]
 
 
 class Running(NamedTuple):
@@ -55,6 +55,26 @@ def batch_norm(
     if act is not None:
         y = act.forward(y, slope)
     return y if valid is None else torch.where(valid, y, 0.0)
+
+
+def normalize(
+    input: Tensor,
+    mean: Tensor,
+    invstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    mask: None,
+    activation: str | None,
+    slope: float,
+) -> Tensor:
+    """`batch_norm` by the statistics (C,) of an earlier call of it, whatever autocast says now."""
+    wide = torch.float32 if input.device.type == "mps" else torch.float64
+    var = invstd.to(wide).square().reciprocal().to(invstd.dtype)
+    with torch.autocast(input.device.type, enabled=False):
+        return batch_norm(
+            input, mean, var, None, weight, bias, residual, mask, 0.0, activation, slope
+        )
 
 
 def _train(
