@@ -104,7 +104,8 @@ def check_fused(model: nn.Module, x: torch.Tensor, *, inplace: bool = False) -> 
     assert [name for name, _ in fused.named_modules(remove_duplicate=False)] == tree
     assert isinstance(fused, type(plain))
     expected = steps(copy.deepcopy(plain), x)
-    for each in (fused, copy.deepcopy(fused)):
+    again = batchnorm.fuse(plain, memory="recompute").model
+    for each in (fused, copy.deepcopy(fused), again, copy.deepcopy(again)):
         for actual, wanted in zip(steps(each, x), expected, strict=True):
             torch.testing.assert_close(actual, wanted, rtol=1e-10, atol=1e-11)
         each.load_state_dict(plain.state_dict())

@@ -19,7 +19,7 @@ import copy
 import html
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -27,9 +27,11 @@ from typing import Any, Literal
 import torch
 from torch import nn
 from torch.nn.parameter import UninitializedBuffer
+from torch.utils.hooks import RemovableHandle
 
 from batchnorm._errors import InputTypeError, ModelError, message
 from batchnorm._files import write_whole
+from batchnorm.ops import look_behind_output
 
 __all__ = [
     "Change",
@@ -100,8 +102,12 @@ def walk(model: nn.Module) -> tuple[Spot, ...]:
 
 
 def hooks_of(module: nn.Module) -> list[str]:
-    """What kinds of hooks were registered on this very module."""
-    return [kind for attribute, kind in _HOOKS.items() if getattr(module, attribute, None)]
+    """What kinds of hooks were registered on this very module; the one of `fuse` only looks."""
+    return [
+        kind
+        for attribute, kind in _HOOKS.items()
+        if any(hook is not look_behind_output for hook in (getattr(module, attribute, None) or {}).values())
+    ]
 
 
 def line(module: nn.Module) -> str:
@@ -193,8 +199,10 @@ class _Edit:
     """One thing about a module, before and after: an entry of one of its tables, a flag of a parameter, its class."""
 
     owner: nn.Module
-    table: Literal["_modules", "_parameters", "_buffers", "__dict__", "requires_grad", "__class__"]
-    key: str
+    table: Literal[
+        "_modules", "_parameters", "_buffers", "_forward_hooks", "__dict__", "requires_grad", "__class__"
+    ]
+    key: Any  # a name; the number of a hook
     old: Any
     new: Any
 
@@ -397,6 +405,13 @@ class Plan:
     def set_class(self, module: nn.Module, cls: type[nn.Module]) -> None:
         """Make the very module an object of this class: hooks, parameters and all that refers to it stay."""
         self._edits.append(_Edit(module, "__class__", "", type(module), cls))
+
+    def add_forward_hook(self, module: nn.Module, hook: Callable[..., Any]) -> None:
+        """Have this function called behind the module's forward, if it is not yet."""
+        hooks = module._forward_hooks
+        if hook not in hooks.values():
+            number = RemovableHandle(hooks).id
+            self._edits.append(_Edit(module, "_forward_hooks", number, _MISSING, hook))
 
     def alter(self, spot: Spot, *, note: str = "") -> None:
         """Report the module as changed, which is still the same object."""

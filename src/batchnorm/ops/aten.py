@@ -72,9 +72,7 @@ def normalize(
     wide = torch.float32 if input.device.type == "mps" else torch.float64
     var = invstd.to(wide).square().reciprocal().to(invstd.dtype)
     with torch.autocast(input.device.type, enabled=False):
-        return batch_norm(
-            input, mean, var, None, weight, bias, residual, mask, 0.0, activation, slope
-        )
+        return batch_norm(input, mean, var, None, weight, bias, residual, mask, 0.0, activation, slope)
 
 
 def _train(

@@ -34,12 +34,27 @@ _SEES = hasattr(torch._C._autograd.SavedTensor, "unpack_hook")
 _VIEWS = 4  # operators between an output and what was saved: a linear layer saves the view that flatten made
 _NAMES: dict[type, tuple[str, ...]] = {}
 
+# Input, weight, bias, residual and mask of a call.
+_Arguments = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+
+
+def _check_version(now: int, then: int, what: str) -> None:
+    if now != then:
+        raise InputError(
+            message(
+                f"one of the variables needed for gradient computation has been modified by an inplace operation: {what}",
+                got=f"version {now}",
+                expected=f"version {then}",
+                fix="Change a copy of it, or let the batch norm keep its output (memory='keep').",
+            )
+        )
+
 
 class _Watched:
-    """A tensor's place in memory and its version, without the memory itself."""
+    """The version of a tensor, without its memory."""
 
-    def __init__(self, tensor: Tensor, version: int | None = None) -> None:
-        self.version = tensor._version if version is None else version
+    def __init__(self, tensor: Tensor) -> None:
+        self.version = tensor._version
         # The alias shares the counter of in-place changes, and goes on doing so when it lets its memory go.
         self.alias = tensor.detach()
         self.alias.data = tensor.new_empty(0)
@@ -48,26 +63,17 @@ class _Watched:
         return self.alias._version != self.version
 
     def check(self, what: str) -> None:
-        if self.changed():
-            raise InputError(
-                message(
-                    f"one of the variables needed for gradient computation has been modified by an inplace operation: "
-                    f"{what}",
-                    got=f"version {self.alias._version}",
-                    expected=f"version {self.version}",
-                    fix="Change a copy of it, or let the batch norm keep its output (memory='keep').",
-                )
-            )
+        _check_version(self.alias._version, self.version, what)
 
 
 class _Held:
     """A tensor that a recipe needs, as it was in forward."""
 
-    def __init__(self, tensor: Tensor, version: int, what: str) -> None:
-        self.tensor, self.version, self.what = tensor.detach(), version, what
+    def __init__(self, tensor: Tensor, what: str) -> None:
+        self.tensor, self.version, self.what = tensor.detach(), tensor._version, what
 
     def __call__(self) -> Tensor:
-        _Watched(self.tensor, self.version).check(self.what)
+        _check_version(self.tensor._version, self.version, self.what)
         return self.tensor
 
 
@@ -81,15 +87,12 @@ class Recipe:
     def __init__(
         self,
         output: Tensor,
-        input: Tensor,
+        arguments: _Arguments,
         statistics: Callable[[], tuple[Tensor, Tensor]],
-        weight: Tensor | None,
-        bias: Tensor | None,
-        residual: Tensor | None,
-        mask: Tensor | None,
         rule: tuple[str | None, float],
         normalize: Callable[..., Tensor],
     ) -> None:
+        input, weight, bias, residual, mask = arguments
         self.output = _Watched(output)
         self.storage = output.untyped_storage().data_ptr()
         self.shape, self.stride, self.dtype = output.shape, output.stride(), output.dtype
@@ -97,11 +100,10 @@ class Recipe:
         self.statistics, self.rule, self.normalize, self.mask = statistics, rule, normalize, mask
         self.weight = None if weight is None else weight.detach().clone()
         self.bias = None if bias is None else bias.detach().clone()
-        self.before = None if residual is None else _recipe(residual.grad_fn)
-        if self.before is not None and self.before.output.changed():
-            self.before = None
         self.residual = None if residual is None else (weakref.ref(residual), residual._version)
-        self.depth = 1 if self.before is None else self.before.depth + 1
+        before = None if residual is None else _recipe(residual.grad_fn)
+        self.before = None if before is None or before.output.changed() else before
+        self.depth: int = 1 if self.before is None else self.before.depth + 1
 
     def take(self) -> "_Again | None":
         """With all that it needs, to be kept; None where something is gone or has changed: the output stays then."""
@@ -123,7 +125,7 @@ class Recipe:
 def _as_before(kept: tuple[weakref.ref[Tensor], int], what: str) -> _Held | None:
     reference, version = kept
     tensor = reference()
-    return None if tensor is None or tensor._version != version else _Held(tensor, version, what)
+    return None if tensor is None or tensor._version != version else _Held(tensor, what)
 
 
 class _Again:
@@ -214,7 +216,8 @@ def _saved(node: Any) -> Iterator[Any]:
 def _replace(saved: Any) -> None:
     """Put the recipe in the place of a saved tensor, if it is the output of a layer that recomputes."""
     tensor = saved.data
-    node, way = tensor.grad_fn, []
+    node: Any = tensor.grad_fn
+    way: list[str] = []
     while node is not None and _recipe(node) is None and len(way) < _VIEWS:
         way.append(node.name())
         node = node.next_functions[0][0] if len(node.next_functions) == 1 else None
@@ -273,15 +276,11 @@ def remember(
         return mean, spread if given else (spread + eps).sqrt().reciprocal()
 
     node.metadata[_KEY] = None
-    _hang(node, Recipe(output, *_with(made, statistics), (activation, slope), normalize))
+    _hang(node, Recipe(output, made, statistics, (activation, slope), normalize))
     # The residual, where it is what backward must keep; the input is what the recipe itself is made of.
     for saved in _saved(node):
         if saved.data is not input:
             _replace(saved)
-
-
-def _with(made: tuple[Any, ...], statistics: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Any, ...]:
-    return made[0], statistics, *made[1:]
 
 
 def _hang(node: Any, recipe: Recipe) -> None:
@@ -291,7 +290,7 @@ def _hang(node: Any, recipe: Recipe) -> None:
 
 def _remember_aten(
     output: Tensor,
-    made: tuple[Any, ...],
+    made: _Arguments,
     running: tuple[Tensor, Tensor] | None,
     eps: float,
     activation: str | None,
@@ -314,7 +313,7 @@ def _remember_aten(
 
     for each in (norm, node, last):
         each.metadata[_KEY] = None
-    recipe = Recipe(output, *_with(made, statistics), (activation, slope), aten.normalize)
+    recipe = Recipe(output, made, statistics, (activation, slope), aten.normalize)
     _hang(last, recipe)
     if act is None or _recipe(last) is None:
         return
@@ -323,5 +322,5 @@ def _remember_aten(
         if tensor.grad_fn is None and tensor.data_ptr() == output.data_ptr():
             _pack(saved, tensor, recipe, copied=False)
         elif tensor.grad_fn is node:
-            before = Recipe(tensor, *_with(made, statistics), (None, slope), aten.normalize)
+            before = Recipe(tensor, made, statistics, (None, slope), aten.normalize)
             _pack(saved, tensor, before, copied=False)
