@@ -22,7 +22,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -103,11 +103,8 @@ def walk(model: nn.Module) -> tuple[Spot, ...]:
 
 def hooks_of(module: nn.Module) -> list[str]:
     """What kinds of hooks were registered on this very module; the one of `fuse` only looks."""
-    return [
-        kind
-        for attribute, kind in _HOOKS.items()
-        if any(hook is not look_behind_output for hook in (getattr(module, attribute, None) or {}).values())
-    ]
+    tables = {kind: getattr(module, name, None) or {} for name, kind in _HOOKS.items()}
+    return [kind for kind, hooks in tables.items() if list(hooks.values()) not in ([], [look_behind_output])]
 
 
 def line(module: nn.Module) -> str:
@@ -199,9 +196,7 @@ class _Edit:
     """One thing about a module, before and after: an entry of one of its tables, a flag of a parameter, its class."""
 
     owner: nn.Module
-    table: Literal[
-        "_modules", "_parameters", "_buffers", "_forward_hooks", "__dict__", "requires_grad", "__class__"
-    ]
+    table: str  # "_modules", "_parameters", "_buffers", "_forward_hooks", "__dict__", "requires_grad", "__class__"
     key: Any  # a name; the number of a hook
     old: Any
     new: Any
@@ -408,9 +403,8 @@ class Plan:
 
     def add_forward_hook(self, module: nn.Module, hook: Callable[..., Any]) -> None:
         """Have this function called behind the module's forward, if it is not yet."""
-        hooks = module._forward_hooks
-        if hook not in hooks.values():
-            number = RemovableHandle(hooks).id
+        number = RemovableHandle(module._forward_hooks).id
+        if hook not in module._forward_hooks.values():
             self._edits.append(_Edit(module, "_forward_hooks", number, _MISSING, hook))
 
     def alter(self, spot: Spot, *, note: str = "") -> None:

@@ -42,7 +42,9 @@ def _check_version(now: int, then: int, what: str) -> None:
     if now != then:
         raise InputError(
             message(
-                f"one of the variables needed for gradient computation has been modified by an inplace operation: {what}",
+                # PyTorch's own words first: code and tests match them.
+                "one of the variables needed for gradient computation has been modified by an inplace operation: "
+                + what,
                 got=f"version {now}",
                 expected=f"version {then}",
                 fix="Change a copy of it, or let the batch norm keep its output (memory='keep').",
