@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._pytree import tree_leaves
 
 from batchnorm._activations import activation_named
@@ -96,7 +97,8 @@ class Recipe:
     ) -> None:
         input, weight, bias, residual, mask = arguments
         self.output = _Watched(output)
-        self.storage = output.untyped_storage().data_ptr()
+        # A reference that keeps no memory; while it lives no other storage gets this one's number.
+        self.storage = StorageWeakRef(output.untyped_storage())
         self.shape, self.stride, self.dtype = output.shape, output.stride(), output.dtype
         self.input = weakref.ref(input), input._version
         self.statistics, self.rule, self.normalize, self.mask = statistics, rule, normalize, mask
@@ -226,8 +228,10 @@ def _replace(saved: Any) -> None:
     recipe = _recipe(node)
     if recipe is None or recipe.output.changed():
         return
-    if tensor.untyped_storage().data_ptr() == recipe.storage:
-        _pack(saved, tensor, recipe, copied=False)
+    if tensor.untyped_storage()._cdata == recipe.storage.cdata:
+        # A view in other numbers (complex, negated) is none of its elements.
+        if tensor.dtype == recipe.dtype and not tensor.is_neg():
+            _pack(saved, tensor, recipe, copied=False)
     elif (
         way == ["ToCopyBackward0"]
         and tensor._version == 0
