@@ -1,12 +1,13 @@
 """What a training step keeps for backward and how long it takes: a network as it is, fused, and fused to recompute.
 
-    python benchmarks/fuse.py [--memory] [--networks] [--time] [--chains] [--docs]
+    python benchmarks/fuse.py [--memory] [--networks] [--time] [--chains] [--again] [--docs]
 
 Memory is counted (every storage that the autograd graph holds between forward and backward; parameters, buffers and
 images left out) and, for ResNet-50, read: what the resident size of a process of its own has grown by. glibc is told to
 give freed blocks back at once there. Time is that of whole steps, forward, backward and SGD, all variants in turn in
-one process; --chains times ResNet-50 with longer and shorter chains of recomputed residuals. Each part renews its share
-of benchmarks/results/fuse.json; --docs writes the tables of docs/fuse.md anew from them. Needs torchvision and Linux.
+one process; --chains times ResNet-50 with longer and shorter chains of recomputed residuals, and --again counts what it
+computes twice. Each part renews its share of benchmarks/results/fuse.json; --docs writes the tables of docs/fuse.md
+anew from them. Needs torchvision and Linux.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import statistics
 import subprocess
 import sys
 import time
+import unittest.mock
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +124,7 @@ def counted(output: Tensor, without: list[Tensor]) -> int:
         elif isinstance(held, torch._C._autograd.SavedTensor):
             add(held.data)
         elif type(held).__module__ == ops.recompute.__name__:
-            add([value for value in vars(held).values()])
+            add([*vars(held).values()])
 
     seen: set[Any] = set()
     nodes: list[Any] = [output.grad_fn]
@@ -132,7 +134,7 @@ def counted(output: Tensor, without: list[Tensor]) -> int:
             continue
         seen.add(node)
         add([getattr(node, name) for name in dir(type(node)) if name.startswith("_raw_saved_")])
-        add([value for value in getattr(node, "__dict__", {}).values()])
+        add([*getattr(node, "__dict__", {}).values()])
         nodes += [each for each, _ in node.next_functions if each is not None]
     return sum(sizes.values())
 
@@ -161,18 +163,20 @@ def memory_here(variant: str, chain: int) -> dict[str, float]:
     return {"counted": found, "read": read, "peak": resident("VmHWM") - before, "first_loss": first}
 
 
+def elsewhere(variant: str, chain: int) -> dict[str, float]:
+    """`memory_here` in a process of its own."""
+    command = [sys.executable, __file__, "--worker", variant, str(chain)]
+    environment = {**os.environ, **MALLOC}
+    ended = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
+    found: dict[str, float] = json.loads(ended.stdout)
+    return found
+
+
 def memory() -> dict[str, Any]:
-    """`memory_here` of every variant, each in a process of its own."""
+    """What every variant of ResNet-50 keeps, counted and read."""
     runs = {variant: (variant, ops.CHAIN) for variant in VARIANTS}
     runs |= {f"chain {chain}": ("recompute", chain) for chain in CHAINS}
-    found = {}
-    for name, (variant, chain) in runs.items():
-        command = [sys.executable, __file__, "--worker", variant, str(chain)]
-        ended = subprocess.run(
-            command, env={**os.environ, **MALLOC}, check=True, stdout=subprocess.PIPE, text=True
-        )
-        found[name] = json.loads(ended.stdout)
-    return {"batch": READ_BATCH, "runs": found}
+    return {"batch": READ_BATCH, "runs": {name: elsewhere(*run) for name, run in runs.items()}}
 
 
 def networks() -> dict[str, Any]:
@@ -225,7 +229,26 @@ def chains() -> dict[str, Any]:
     )
 
 
-PARTS = {"memory": memory, "networks": networks, "time": steps, "chains": chains}
+def again() -> dict[str, Any]:
+    """The elements that one backward of ResNet-50 computes again, a residual's included, for one image of two."""
+    images, _ = batch(2)
+    call = ops.recompute._Again.__call__
+    found = {}
+    for chain in CHAINS:
+        sizes: list[int] = []
+
+        def counting(one: Any, sizes: list[int] = sizes) -> Tensor:
+            output = call(one)
+            sizes.append(output.numel() // len(images))
+            return output
+
+        with unittest.mock.patch.object(ops.recompute._Again, "__call__", counting):
+            made("recompute", chain)(images).sum().backward()
+        found[f"chain {chain}"] = sum(sizes)
+    return {"elements": found}
+
+
+PARTS = {"memory": memory, "networks": networks, "time": steps, "chains": chains, "again": again}
 
 
 def filled(page: str, stored: dict[str, Any]) -> str:
@@ -310,10 +333,11 @@ def chains_table(stored: dict[str, Any]) -> str:
             [
                 str(chain),
                 f"{megabytes(found['counted'])} ({less(found['counted'], runs['plain']['counted'])})",
+                f"{stored['again']['elements'][f'chain {chain}'] / 1e6:.1f} million",
                 less(ratio(seconds[f"chain {chain}"], seconds["keep"]), 1.0),
             ]
         )
-    return table(["at most in a row", "kept", "time of a step"], rows)
+    return table(["at most in a row", "kept", "elements again, an image", "time of a step"], rows)
 
 
 if __name__ == "__main__":

@@ -26,8 +26,10 @@ from batchnorm.ops.backends import kernels_of
 
 __all__ = ["CHAIN", "can_recompute", "look_behind", "look_behind_output", "remember"]
 
-# In a residual network the output of a block is the residual of the next one, so the recipe of the second needs that
-# of the first. At most so many layers in a row: see docs/fuse.md for what each costs and saves.
+# In a residual network the output of a block is the residual of the next one, so the recipe of the second needs that of
+# the first. At most so many layers in a row. ResNet-50, activations against the network as it is, and elements that
+# backward computes again for an image: 1: -29.6 %, 7.0 million; 2: -36.2 %, 11.7; 3: -37.6 %, 14.2; 6 (whole stages):
+# -43.3 %, 26.7. The work grows with the square of the length, and a stage of ResNet-152 has 36 blocks.
 CHAIN = 2
 
 _KEY = "batchnorm"  # in an autograd node's metadata: its Recipe, or None for a node that has been looked at
