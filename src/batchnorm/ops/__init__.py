@@ -23,9 +23,10 @@ from batchnorm.ops.backends import (
     kernels_of,
 )
 from batchnorm.ops.inplace import check_inplace, normalize_
-from batchnorm.ops.recompute import CHAIN, can_recompute, look_behind, look_behind_output, remember
+from batchnorm.ops.recompute import CAN_SEE, CHAIN, can_recompute, look_behind, look_behind_output, remember
 
 __all__ = [
+    "CAN_SEE",
     "CHAIN",
     "BackendChoice",
     "Call",

@@ -60,19 +60,18 @@ def batch_norm(
 def normalize(
     input: Tensor,
     mean: Tensor,
-    invstd: Tensor,
+    var: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
     residual: Tensor | None,
     mask: None,
     activation: str | None,
     slope: float,
+    eps: float,
 ) -> Tensor:
     """`batch_norm` by the statistics (C,) of an earlier call of it, whatever autocast says now."""
-    wide = torch.float32 if input.device.type == "mps" else torch.float64
-    var = invstd.to(wide).square().reciprocal().to(invstd.dtype)
     with torch.autocast(input.device.type, enabled=False):
-        return batch_norm(input, mean, var, None, weight, bias, residual, mask, 0.0, activation, slope)
+        return batch_norm(input, mean, var, None, weight, bias, residual, mask, eps, activation, slope)
 
 
 def _train(

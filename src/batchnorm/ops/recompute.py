@@ -6,10 +6,11 @@ tensor gets a pair of hooks, and lets the output go. Nothing but saved tensors t
 PyTorch's own rules hold for everything else: versions, retain_graph, hooks of others, which come first.
 
 Backward then runs one `normalize` for each operator that had saved the output, by the statistics of forward. With the
-kernels of this package that gives the same bits in float32 and the half types; in float64, and with PyTorch's
-kernels, the same up to rounding (1e-15, and 1e-6 of the largest value in float32).
+kernels of this package that gives the same bits in float32 and the half types; in float64, and with PyTorch's kernels,
+the same up to rounding (1e-16, and 1e-7 of the largest value in float32).
 """
 
+import functools
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -24,7 +25,7 @@ from batchnorm._errors import InputError, message
 from batchnorm.ops import aten, eager
 from batchnorm.ops.backends import kernels_of
 
-__all__ = ["CHAIN", "can_recompute", "look_behind", "look_behind_output", "remember"]
+__all__ = ["CAN_SEE", "CHAIN", "can_recompute", "look_behind", "look_behind_output", "remember"]
 
 # In a residual network the output of a block is the residual of the next one, so the recipe of the second needs that of
 # the first. At most so many layers in a row. ResNet-50, activations against the network as it is, and elements that
@@ -32,8 +33,10 @@ __all__ = ["CHAIN", "can_recompute", "look_behind", "look_behind_output", "remem
 # -43.3 %, 26.7. The work grows with the square of the length, and a stage of ResNet-152 has 36 blocks.
 CHAIN = 2
 
+# Whether this PyTorch shows who has hooks on a saved tensor: without that nothing is replaced.
+CAN_SEE = hasattr(torch._C._autograd.SavedTensor, "unpack_hook")
+
 _KEY = "batchnorm"  # in an autograd node's metadata: its Recipe, or None for a node that has been looked at
-_SEES = hasattr(torch._C._autograd.SavedTensor, "unpack_hook")
 _VIEWS = 4  # operators between an output and what was saved: a linear layer saves the view that flatten made
 _NAMES: dict[type, tuple[str, ...]] = {}
 
@@ -173,7 +176,7 @@ def _unpack(packed: _Packed) -> Tensor:
 def can_recompute() -> bool:
     """Whether a call's output may be left to a recipe: where others pack what is saved, that is theirs to decide."""
     return (
-        _SEES
+        CAN_SEE
         and torch.is_grad_enabled()
         and not torch.is_inference_mode_enabled()
         and torch._C._autograd._top_saved_tensors_default_hooks(True) is None
@@ -192,7 +195,7 @@ def look_behind_output(module: torch.nn.Module, args: Any, output: Any) -> None:
 
 def look_behind(*tensors: Tensor | None) -> None:
     """Let the operators that these tensors come from hold recipes, back to the layers that have looked already."""
-    if not _SEES:
+    if not CAN_SEE:
         return
     nodes = [tensor.grad_fn for tensor in tensors if tensor is not None and tensor.grad_fn is not None]
     while nodes:
@@ -311,17 +314,21 @@ def _remember_aten(
     norm = node if made[3] is None else node.next_functions[0][0]
     if norm is None or not hasattr(norm, "_saved_result1"):
         return
-    if running is None:
-        mean, invstd = norm._saved_result1, norm._saved_result2
-    else:
-        mean, invstd = running[0].clone(), (running[1] + eps).rsqrt()
+    given = running is not None
+    mean, spread = (
+        (each.clone() for each in running) if running else (norm._saved_result1, norm._saved_result2)
+    )
+    if not given and mean.dtype in (torch.bfloat16, torch.float16):
+        return  # rounded to 8 or 11 bits, as PyTorch's CPU kernel saves them: ReLU's gradient would miss by 5 %
+    wide = torch.float32 if mean.device.type == "mps" else torch.float64
 
     def statistics() -> tuple[Tensor, Tensor]:
-        return mean, invstd
+        return mean, spread if given else spread.to(wide).square().reciprocal().to(spread.dtype)
 
+    normalize = functools.partial(aten.normalize, eps=eps if given else 0.0)
     for each in (norm, node, last):
         each.metadata[_KEY] = None
-    recipe = Recipe(output, made, statistics, (activation, slope), aten.normalize)
+    recipe = Recipe(output, made, statistics, (activation, slope), normalize)
     _hang(last, recipe)
     if act is None or _recipe(last) is None:
         return
@@ -330,5 +337,5 @@ def _remember_aten(
         if tensor.grad_fn is None and tensor.data_ptr() == output.data_ptr():
             _pack(saved, tensor, recipe, copied=False)
         elif tensor.grad_fn is node:
-            before = Recipe(tensor, made, statistics, (None, slope), aten.normalize)
+            before = Recipe(tensor, made, statistics, (None, slope), normalize)
             _pack(saved, tensor, before, copied=False)

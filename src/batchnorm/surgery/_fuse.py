@@ -173,6 +173,8 @@ class _Fusing:
         if self.memory == "recompute":
             # What the last operators of the model have saved, no layer behind them sees.
             self.result.add_forward_hook(self.model, ops.look_behind_output)
+            if not ops.CAN_SEE:
+                self.result.note("outputs are kept all the same: this version of PyTorch hides what is saved")
         return self.result
 
     def _norm(self, spot: Spot) -> None:
