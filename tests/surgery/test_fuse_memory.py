@@ -243,6 +243,20 @@ def test_hooks_of_others_come_first() -> None:
     check_same(keeping, recomputing, within=torch.autograd.graph.save_on_cpu)
 
 
+def test_function_transforms() -> None:
+    found = []
+    for net in pair():
+        parameters = {name: p.detach() for name, p in net.eval().named_parameters()}
+
+        def loss(given: dict[str, Tensor], x: Tensor, net: nn.Module = net) -> Tensor:
+            return torch.func.functional_call(net, given, (x,)).square().sum()
+
+        each = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, X.unsqueeze(1))
+        found.append([*torch.func.grad(loss)(parameters, X).values(), *each.values()])
+    for actual, wanted in zip(*found, strict=True):
+        torch.testing.assert_close(actual, wanted, rtol=0, atol=1e-5 * float(wanted.abs().max() + 1))
+
+
 def test_compiled_and_traced() -> None:
     keeping, recomputing = pair()
     compiled = torch.compile(recomputing, backend="aot_eager", fullgraph=True)

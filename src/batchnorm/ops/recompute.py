@@ -5,9 +5,10 @@ pooling, a product) is found by walking back from what a later layer is given, o
 tensor gets a pair of hooks, and lets the output go. Nothing but saved tensors that are such outputs is touched, so
 PyTorch's own rules hold for everything else: versions, retain_graph, hooks of others, which come first.
 
-Backward then runs one `normalize` for each operator that had saved the output, by the statistics of forward. With the
-kernels of this package that gives the same bits in float32 and the half types; in float64, and with PyTorch's kernels,
-the same up to rounding (1e-16, and 1e-7 of the largest value in float32).
+Backward then runs one `normalize` for each operator that had saved the output, by the statistics of forward. Kept for
+a second one, it would live through the backward of most of a block; in ResNet-50 4 outputs of 49 are saved by two. With
+the kernels of this package that gives the same bits in float32 and the half types; in float64, and with PyTorch's
+kernels, the same up to rounding (1e-16, and 1e-7 of the largest value in float32).
 """
 
 import functools
