@@ -1,9 +1,12 @@
 """What the tests of `insert` share: reading a result, one training step, a residual network."""
 
 import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F
 from torch.nn.modules.lazy import LazyModuleMixin
 
@@ -104,7 +107,8 @@ def check_fused(model: nn.Module, x: torch.Tensor, *, inplace: bool = False) -> 
     assert [name for name, _ in fused.named_modules(remove_duplicate=False)] == tree
     assert isinstance(fused, type(plain))
     expected = steps(copy.deepcopy(plain), x)
-    for each in (fused, copy.deepcopy(fused)):
+    again = batchnorm.fuse(plain, memory="recompute").model
+    for each in (fused, copy.deepcopy(fused), again, copy.deepcopy(again)):
         for actual, wanted in zip(steps(each, x), expected, strict=True):
             torch.testing.assert_close(actual, wanted, rtol=1e-10, atol=1e-11)
         each.load_state_dict(plain.state_dict())
@@ -114,3 +118,34 @@ def check_fused(model: nn.Module, x: torch.Tensor, *, inplace: bool = False) -> 
         torch.testing.assert_close(actual, wanted, rtol=1e-10, atol=1e-11)
     changes.model.load_state_dict(plain.state_dict())
     return batchnorm.fuse(changes.model, inplace=inplace)
+
+
+@contextmanager
+def watched(net: nn.Module) -> Iterator[dict[str, tuple[StorageWeakRef, int]]]:
+    """Whose output lives, and in how many bytes, without keeping one: filled while the network runs."""
+    outputs: dict[str, tuple[StorageWeakRef, int]] = {}
+
+    def hook(name: str) -> Callable:
+        def note(module: nn.Module, args: object, y: torch.Tensor) -> None:
+            outputs[name] = (StorageWeakRef(y.untyped_storage()), y.untyped_storage().nbytes())
+
+        return note
+
+    handles = [
+        module.register_forward_hook(hook(name))
+        for name, module in net.named_modules()
+        if not module._modules and not isinstance(module, nn.Identity)
+    ]
+    yield outputs
+    for handle in handles:
+        handle.remove()
+
+
+def alive(net: nn.Module, x: torch.Tensor) -> tuple[set[str], int]:
+    """The layers whose outputs live between forward and backward, and all the bytes of those outputs."""
+    with watched(net) as outputs:
+        y = net(x.detach().requires_grad_())
+    found = {name: (storage, size) for name, (storage, size) in outputs.items() if not storage.expired()}
+    sizes = {storage.cdata: size for storage, size in found.values()}
+    del y
+    return set(found), sum(sizes.values())

@@ -123,8 +123,11 @@ def layer_batch_norm(
     backend: str | None,
     dimensions: tuple[int, ...] | None = None,
     inplace: bool = False,
+    recompute: bool = False,
 ) -> Tensor:
     """`batch_norm` with what only a layer has: num_batches_tracked, the rule for non-finite statistics, its rank.
+
+    With `recompute` whoever saves the output for its backward is given a recipe instead of it.
 
     One call, wrapped for torch.fx, so that symbolic tracing sees no control flow and records no update.
     """
@@ -148,14 +151,23 @@ def layer_batch_norm(
             _check_residual(input, residual)
     if inplace:
         ops.check_inplace(input, training, ops.is_traced(input), weight, bias, residual)
+    recompute = recompute and not ops.is_traced(input) and ops.can_recompute()
+    if recompute:
+        ops.look_behind(input, residual)
+    given = None
     if not training and running_mean is not None and running_var is not None:
-        return (ops.normalize_ if inplace else ops.normalize)(
-            input, weight, bias, residual, mask, running_mean, running_var, eps, activation, slope, name
+        given = (running_mean, running_var)
+        output = (ops.normalize_ if inplace else ops.normalize)(
+            input, weight, bias, residual, mask, *given, eps, activation, slope, name
         )
-    running = None
-    if running_mean is not None and running_var is not None:
-        running = ops.Running(running_mean, running_var, num_batches_tracked, momentum, skip_nonfinite)
-    return ops.train(input, weight, bias, residual, mask, running, 1, eps, activation, slope, name)
+    else:
+        running = None
+        if running_mean is not None and running_var is not None:
+            running = ops.Running(running_mean, running_var, num_batches_tracked, momentum, skip_nonfinite)
+        output = ops.train(input, weight, bias, residual, mask, running, 1, eps, activation, slope, name)
+    if recompute:
+        ops.remember(output, input, weight, bias, residual, mask, given, eps, activation, slope, name)
+    return output
 
 
 def _check_input(input: Tensor, dimensions: tuple[int, ...] | None) -> None:

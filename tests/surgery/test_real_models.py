@@ -5,8 +5,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from helpers import same_bits
 from model_packages import package
-from surgery_helpers import randomize
+from surgery_helpers import alive, randomize
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -243,3 +244,21 @@ def test_fuse_and_fold_timm(name: str) -> None:
     if name.startswith(("resnet", "hrnet", "dla")):
         assert folded.skipped == again.skipped == ()
         assert sum("takes" in change.note for change in fused.changed) > 8
+
+
+@pytest.mark.parametrize(
+    ("name", "most"), [("resnet18", 0.7), ("resnet50", 0.7), ("mobilenet_v2", 0.7), ("densenet121", 0.8)]
+)
+def test_recompute_torchvision(name: str, most: float) -> None:
+    """The same bits as the fused model, and less memory than the one as it was, whose ReLU is in place."""
+    model = _torchvision(name)
+    fused = batchnorm.fuse(model).model
+    again = batchnorm.fuse(model, memory="recompute").model
+    assert list(again.state_dict()) == list(model.state_dict())
+    x = torch.randn(2, 3, 64, 64)
+    kept = [alive(net, x)[1] for net in (model, fused, again)]
+    assert kept[2] < most * min(kept[:2])
+    for net in (fused, again):
+        net.load_state_dict(model.state_dict())
+    for actual, wanted in zip(_step(again, x), _step(fused, x), strict=True):
+        assert same_bits(actual, wanted)

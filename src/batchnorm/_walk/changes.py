@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from torch import nn
 
@@ -62,8 +62,8 @@ class Edit:
     """One thing about a module, before and after: an entry of one of its tables, a flag of a parameter, its class."""
 
     owner: nn.Module
-    table: Literal["_modules", "_parameters", "_buffers", "__dict__", "requires_grad", "__class__"]
-    key: str
+    table: str  # "_modules", "_parameters", "_buffers", "_forward_hooks", "__dict__", "requires_grad", "__class__"
+    key: Any  # a name; the number of a hook
     old: Any
     new: Any
 

@@ -1,10 +1,12 @@
 """`Plan`: what is going to happen to a model."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.hooks import RemovableHandle
 
 from batchnorm._walk.changes import MISSING, Change, Changes, Edit, Skipped
 from batchnorm._walk.short import short
@@ -55,6 +57,12 @@ class Plan:
     def set_class(self, module: nn.Module, cls: type[nn.Module]) -> None:
         """Make the very module an object of this class: hooks, parameters and all that refers to it stay."""
         self._edits.append(Edit(module, "__class__", "", type(module), cls))
+
+    def add_forward_hook(self, module: nn.Module, hook: Callable[..., Any]) -> None:
+        """Have this function called behind the module's forward, if it is not yet."""
+        number = RemovableHandle(module._forward_hooks).id
+        if hook not in module._forward_hooks.values():
+            self._edits.append(Edit(module, "_forward_hooks", number, MISSING, hook))
 
     def alter(self, spot: Spot, *, note: str = "", only_class: bool = False) -> None:
         """Report the module as changed, which is still the same object; `only_class`: it does nothing new."""

@@ -24,6 +24,7 @@ from torch import nn
 from torch.nn.parameter import UninitializedBuffer
 
 from batchnorm._errors import InputTypeError, ModelError, message
+from batchnorm.ops import look_behind_output
 
 __all__ = ["Spot", "copied", "hooks_of", "prepared", "walk"]
 
@@ -80,8 +81,9 @@ def walk(model: nn.Module) -> tuple[Spot, ...]:
 
 
 def hooks_of(module: nn.Module) -> list[str]:
-    """What kinds of hooks were registered on this very module."""
-    return [kind for attribute, kind in _HOOKS.items() if getattr(module, attribute, None)]
+    """What kinds of hooks were registered on this very module; the one of `fuse` only looks."""
+    tables = {kind: getattr(module, name, None) or {} for name, kind in _HOOKS.items()}
+    return [kind for kind, hooks in tables.items() if list(hooks.values()) not in ([], [look_behind_output])]
 
 
 def copied(model: nn.Module, *, share_parameters: bool = False) -> nn.Module:

@@ -14,7 +14,7 @@ from batchnorm._errors import InputError, ModelError, message
 from batchnorm.functional import layer_batch_norm
 from batchnorm.nn._unscriptable import Unscriptable
 
-__all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "Extras", "NonFinite"]
+__all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "Extras", "Memory", "NonFinite"]
 
 # torch.fx looks the wrapped function up in the module that calls it.
 torch.fx.wrap("layer_batch_norm")
@@ -25,6 +25,7 @@ else:
     _Base = object
 
 NonFinite = Literal["propagate", "skip"]
+Memory = Literal["keep", "recompute"]
 
 
 def _own(held: Mapping[str, Tensor | None], name: str, module: Module) -> Tensor | None:
@@ -48,6 +49,8 @@ class Extras(Unscriptable, _Base):
     negative_slope: float = 0.01
     nonfinite: NonFinite = "propagate"
     backend: str | None = None
+    # Set by `batchnorm.fuse`: whether backward keeps the output or computes it again.
+    memory: Memory = "keep"
 
     def __init_subclass__(cls, **keywords: Any) -> None:
         # PyTorch's own hook for other ranks: a subclass that overrides it decides what it takes.
@@ -105,6 +108,7 @@ class Extras(Unscriptable, _Base):
             self.backend,
             None if self._checks_itself else self._dimensions,
             inplace,
+            self.memory == "recompute",
         )
 
     def extra_repr(self) -> str:
@@ -118,6 +122,8 @@ class Extras(Unscriptable, _Base):
             text += f", nonfinite={self.nonfinite}"
         if self.backend is not None:
             text += f", backend={self.backend}"
+        if self.memory != "keep":
+            text += f", memory={self.memory}"
         return text
 
     def named_children(self) -> Iterator[tuple[str, Module]]:

@@ -23,21 +23,28 @@ from batchnorm.ops.backends import (
     kernels_of,
 )
 from batchnorm.ops.inplace import check_inplace, normalize_
+from batchnorm.ops.recompute import CAN_SEE, CHAIN, can_recompute, look_behind, look_behind_output, remember
 
 __all__ = [
+    "CAN_SEE",
+    "CHAIN",
     "BackendChoice",
     "Call",
     "Candidate",
     "Running",
     "call_of",
+    "can_recompute",
     "check_inplace",
     "check_name",
     "choose",
     "explain_backend",
     "is_jit_tracing",
     "is_traced",
+    "look_behind",
+    "look_behind_output",
     "normalize",
     "normalize_",
+    "remember",
     "train",
 ]
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from batchnorm import reference
 from batchnorm._activations import activation_named
 
-__all__ = ["Running", "batch_norm"]
+__all__ = ["Running", "batch_norm", "normalize"]
 
 
 class Running(NamedTuple):
@@ -55,6 +55,23 @@ def batch_norm(
     if act is not None:
         y = act.forward(y, slope)
     return y if valid is None else torch.where(valid, y, 0.0)
+
+
+def normalize(
+    input: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    mask: None,
+    activation: str | None,
+    slope: float,
+    eps: float,
+) -> Tensor:
+    """`batch_norm` by the statistics (C,) of an earlier call of it, whatever autocast says now."""
+    with torch.autocast(input.device.type, enabled=False):
+        return batch_norm(input, mean, var, None, weight, bias, residual, mask, eps, activation, slope)
 
 
 def _train(

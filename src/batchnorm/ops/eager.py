@@ -15,7 +15,7 @@ from batchnorm.ops.aten import Running
 from batchnorm.ops.backends import kernels_of
 from batchnorm.reference import parameter_grad
 
-__all__ = ["Normalize", "Train", "evaluate", "keep", "like", "train"]
+__all__ = ["Normalize", "Train", "evaluate", "keep", "like", "statistics_of", "train"]
 
 
 def like(tensor: Tensor, model: Tensor) -> Tensor:
@@ -208,6 +208,15 @@ def train(
 ) -> Tensor:
     """A training step by kernels that compose it themselves; counts the batch."""
     return _apply_whole(input, weight, bias, residual, running, eps, activation, slope, kernels)  # type: ignore[no-any-return]
+
+
+def statistics_of(node: Any) -> tuple[Tensor, Tensor]:
+    """(mean, var) of a training call, (mean, invstd) of a call in eval mode, from the node of its output."""
+    if hasattr(node, "call"):
+        statistics: Tensor = node.call[1]
+        return statistics[:1], statistics[1:]
+    saved = node.saved_tensors
+    return saved[4], saved[5]
 
 
 class Evaluate(torch.autograd.Function):
