@@ -13,6 +13,7 @@ from batchnorm._errors import InputError, message
 from batchnorm.ops import aten, eager, formula, traced
 from batchnorm.ops.aten import Running
 from batchnorm.ops.backends import (
+    COMPOSED,
     BackendChoice,
     Call,
     Candidate,
@@ -25,6 +26,7 @@ from batchnorm.ops.backends import (
 from batchnorm.ops.inplace import check_inplace, normalize_
 
 __all__ = [
+    "COMPOSED",
     "BackendChoice",
     "Call",
     "Candidate",
@@ -88,7 +90,7 @@ def train(
     backend: str,
 ) -> Tensor:
     """Normalize by the batch's own statistics, and update the running ones and their counter."""
-    if backend == "cpu" and mask is None and groups == 1 and not is_traced(input):
+    if backend in COMPOSED and mask is None and groups == 1 and not is_traced(input):
         return eager.train(
             kernels_of(backend), input, weight, bias, residual, running, eps, activation, slope
         )
@@ -132,7 +134,7 @@ def normalize(
         return aten.batch_norm(
             input, running_mean, running_var, None, weight, bias, residual, mask, eps, activation, slope
         )
-    if backend == "cpu" and mask is None and not is_traced(input):
+    if backend in COMPOSED and mask is None and not is_traced(input):
         return eager.evaluate(
             kernels_of(backend), input, weight, bias, residual, running_mean, running_var, eps, activation, slope
         )  # fmt: skip
