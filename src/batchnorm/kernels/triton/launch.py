@@ -28,6 +28,7 @@ from batchnorm.kernels.triton.tensors import (
     back,
     beside,
     count_of_nothing,
+    even,
     frequencies,
     numbers,
     on_its_device,
@@ -171,7 +172,7 @@ def train_forward(
     if input.numel() == 0 or (running is not None and not _can_move(*running[:3])):
         return _train_forward_in_parts(input, weight, bias, residual, running, eps, activation, slope)
     seen = see(input, 1, eps)
-    mean, var, invstd = input.new_empty(3, input.shape[1], dtype=DOUBLE).unbind()
+    mean, var, invstd = input.new_empty(3, even(input.shape[1]), dtype=DOUBLE).unbind()
     rule = None if running is None else rule_of(*running)
     find_moments(seen, None, Found(mean, var, invstd), eps, rule, keep=True)
     y = torch.empty_like(seen.x)
@@ -246,7 +247,8 @@ def train_backward(
         return torch.empty_like(input), *zeros, torch.empty_like(input) if residual else None  # type: ignore[return-value]
     seen = see(input, 1, eps)
     operands = operands_of(seen, grad_output, weight, bias, kept, residual, None, activation, slope)
-    sums = input.new_empty(2, input.shape[1], dtype=DOUBLE).unbind()
+    channels = input.shape[1]
+    sums = input.new_empty(2, even(channels), dtype=DOUBLE).unbind()
     dweight, dbias = _written(weight, 1), _written(bias, 1)
     find_sums(
         seen, operands, statistics, None, Sums(sums[0], sums[1], None, dweight, dbias), given=False, keep=True
@@ -256,7 +258,7 @@ def train_backward(
     grad_input_into(dx, dresidual, seen, operands, statistics, (sums[0], sums[1]), None)
     return (
         back(dx, input),
-        dweight if weight is None or dweight is not None else sums[1].to(weight.dtype),
-        dbias if bias is None or dbias is not None else sums[0].to(bias.dtype),
+        dweight if weight is None or dweight is not None else sums[1][:channels].to(weight.dtype),
+        dbias if bias is None or dbias is not None else sums[0][:channels].to(bias.dtype),
         None if dresidual is None else back(dresidual, input),
     )

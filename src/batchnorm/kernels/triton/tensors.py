@@ -17,6 +17,7 @@ __all__ = [
     "back",
     "beside",
     "count_of_nothing",
+    "even",
     "frequencies",
     "machine_of",
     "numbers",
@@ -88,6 +89,11 @@ def back(result: Tensor, input: Tensor) -> Tensor:
 def numbers(values: Tensor) -> Tensor:
     """Per-channel numbers as the kernels read them: float64, one after the other."""
     return values.to(DOUBLE).contiguous()
+
+
+def even(channels: int) -> int:
+    """The length of a row of float64 after which the next one begins at a multiple of 16 bytes."""
+    return channels + channels % 2
 
 
 def plain(parameter: Tensor | None) -> Tensor | None:
