@@ -110,7 +110,11 @@ def main() -> None:
         step((8, 3, 50, 50), False, torch.float64, "hardswish", True)
         step((8, 24, 10, 10), True, torch.float16, "leaky_relu", True, torch.uint8)
         step((8, 24, 10, 10), False, half, "gelu", True, torch.float32, 4)
-        step((2**26, 64), True, half, "relu", True)
+        # One channel, one row, and numbers that 32 bits do not hold.
+        step((4, 1, 50), False, half, "relu", True)
+        step((2, 40), True, half, None, False)
+        step((2**31 + 16, 8), True, half, "relu", True)
+        step((1, 2, 2**31 + 16), False, half, None, False)
 
 
 if __name__ == "__main__":

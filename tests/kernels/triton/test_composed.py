@@ -43,12 +43,19 @@ def test_one_call_moves_the_running_statistics(
     _, mean, var, count, _ = launch.forward(x, None, None, None, None, 1, EPS, None, SLOPE)
     other[2] += 1
     reference.update_running_(*other, mean, var, count, momentum, skip)
-    assert all(map(same_bits, mine, other))
+    # The interpreter cuts bfloat16 off where a GPU rounds.
+    cut = dtype == torch.bfloat16 and DEVICE == "cpu"
+
+    def same(a: Tensor, b: Tensor) -> bool:
+        return torch.allclose(a.double(), b.double(), 2.0**-7, 0, True) if cut else same_bits(a, b)
+
+    assert all(map(same, mine, other))
     assert all(value._version > before for value, before in zip(mine, versions, strict=True))
     assert mine[0].isnan().any() == (not skip)
     again = buffers(dtype, 7)
     launch.update_running_(*again, mean, var, count, momentum, skip)
-    assert all(map(same_bits, again, other))
+    assert all(map(same, again, other))
+    assert all(map(same_bits, again, mine))
 
 
 @pytest.mark.parametrize("counted", [True, False])

@@ -147,7 +147,7 @@ def test_running_to_the_end_leaves_the_counters_at_zero_and_the_same_bits(
         made.append(zeros(*args, **kwargs))
         return made[-1]
 
-    data = Data((130, 17), residual=True)
+    data = Data((70, 17), residual=True)
     with monkeypatch.context() as patch:
         patch.setattr(torch, "zeros", noted)
         first = step(launch, data, "relu")

@@ -7,7 +7,8 @@ compiled for: the same dtypes, and the same addresses that are multiples of 16.
 """
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, reduce
+from operator import or_
 from threading import Lock
 from typing import Any, NamedTuple, TypeVar
 
@@ -60,12 +61,8 @@ class Launch:
         if device < 0 or not Launch.direct or _watched():
             self._ask_triton(tensors, floats)
             return
-        addresses, seen = [], 0
-        for tensor in tensors:
-            address = 0 if tensor is None else tensor.data_ptr()
-            addresses.append(address)
-            seen |= address
-        odd = tuple(address % 16 == 0 for address in addresses) if seen % 16 else None
+        addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+        odd = tuple(address % 16 == 0 for address in addresses) if reduce(or_, addresses) % 16 else None
         key = (device, odd, *[None if tensor is None else tensor.dtype for tensor in tensors])
         kept = self._kept.get(key)
         if kept is None:

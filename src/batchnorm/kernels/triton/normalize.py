@@ -85,8 +85,6 @@ def _normalize_kernel(
     shift = parameter_at(bias, group, channel, C, 0.0, EACH_BIAS, ACC)
     value = tl.load(x + start + inner, mask=valid, other=0.0).to(ACC)
     deviation = (value - by_channel(high, LAST)) - by_channel(low, LAST)
-    if mask is not None:  # under a weight of 0 x̂ is 0
-        deviation = tl.where(valid, deviation, 0.0)
     z = deviation * by_channel(scale, LAST) + by_channel(shift, LAST)
     if residual is not None:
         z += tl.load(residual + start + inner, mask=valid, other=0.0).to(ACC)
