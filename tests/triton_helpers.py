@@ -152,8 +152,10 @@ def _agree_on_primitives(
         other_mean, invstd = mean, (var + EPS).rsqrt()  # the elements near a kink are known for these
     sums = launch.grad_sums(dy, x, other_mean, invstd, *tail, *rule)
     true_sums = reference.grad_sums(dy.double(), wide[0], other_mean, invstd, *wide_tail, *rule)
+    # A sum may be far below its terms, whose roundings it has.
+    terms = dy.double().abs().max() * (x.numel() / max(1, x.shape[1])) ** 0.5
     for mine, other in zip(sums, true_sums, strict=True):
-        near(mine, other, max(8e-6, room if x.element_size() > 2 else 0), "sums")
+        assert (mine - other).abs().max() <= 8e-6 * torch.maximum(terms, other.abs().max()), "sums"
     dx, dr = launch.grad_input(dy, x, other_mean, invstd, *tail, *true_sums, count, *rule)
     true_dx, true_dr = reference.grad_input(
         dy.double(), wide[0], other_mean, invstd, *wide_tail, *true_sums, count, *rule

@@ -180,6 +180,22 @@ def test_the_traced_door_gives_the_same() -> None:
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("activation", ["relu", pytest.param("silu", marks=slow)])
+def test_torch_compile_finds_no_graph_break(activation: str) -> None:
+    found = []
+    for compiled in (False, True):
+        layer = batchnorm.BatchNorm1d(3, activation=activation, backend="triton").to(DEVICE)
+        run = torch.compile(layer, fullgraph=True, backend="aot_eager") if compiled else layer
+        x, r = (torch.randn(4, 3, 8, generator=torch.Generator().manual_seed(n)).to(DEVICE) for n in range(2))
+        x, r = x.requires_grad_(), r.requires_grad_()
+        y = run(x, residual=r)
+        gradients = torch.autograd.grad(y, [x, r, *layer.parameters()], torch.ones_like(y))
+        assert int(layer.num_batches_tracked) == 1
+        found.append((y, *gradients, layer.running_mean, layer.running_var))
+    for mine, other in zip(*found, strict=True):
+        near(mine, other, 1e-6)
+
+
 @pytest.mark.parametrize("mask", [pytest.param(False, marks=slow), pytest.param(True, marks=slow)])
 @pytest.mark.parametrize("activation", [None, "relu", "silu"])
 def test_every_operator_is_what_its_fake_says(activation: str | None, mask: bool) -> None:

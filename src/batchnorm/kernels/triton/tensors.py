@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import wraps
-from typing import Concatenate, NamedTuple, ParamSpec, TypeVar
+from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -156,13 +156,14 @@ def on_its_device(
     function: Callable[Concatenate[Tensor, _Rest], _Result],
 ) -> Callable[Concatenate[Tensor, _Rest], _Result]:
     """Make the device of the first argument the current one, for whose current stream kernels are launched."""
+    inner: Callable[..., _Result] = function
 
     @wraps(function)
-    def call(first: Tensor, *args: _Rest.args, **kwargs: _Rest.kwargs) -> _Result:
+    def call(first: Tensor, *args: Any) -> _Result:
         device = first.get_device()
         if device < 0 or device == torch.cuda.current_device():
-            return function(first, *args, **kwargs)
+            return inner(first, *args)
         with torch.cuda.device(device):
-            return function(first, *args, **kwargs)
+            return inner(first, *args)
 
     return call  # type: ignore[return-value]
