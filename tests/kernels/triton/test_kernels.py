@@ -99,7 +99,9 @@ def test_everything(
 )
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_every_shape_masked_and_in_groups(launch: Any, shape: tuple[int, ...], layout: str) -> None:
-    agree(launch, Data(shape, layout=layout, residual=True, mask="weights"), "relu6", ROOM[torch.float32])
+    # An expanded input has the NaN of its first sample where the other samples' masks have none.
+    mask = None if layout == "expanded" else "weights"
+    agree(launch, Data(shape, layout=layout, residual=True, mask=mask), "relu6", ROOM[torch.float32])
     if shape[0] > 1 and torch.Size(shape[2:]).numel() > 1:
         agree(launch, Data(shape, torch.float64, layout), "gelu", ROOM[torch.float64], groups=shape[0])
 
