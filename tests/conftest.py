@@ -10,6 +10,11 @@ import torch
 # pytest-xdist would take each other's cores.
 torch.set_num_threads(1)
 
+# Without a GPU the Triton kernels run in triton's interpreter. Before anything imports triton, whose functions are
+# interpreted or compiled for good.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 if importlib.util.find_spec("hypothesis") is not None:
     from hypothesis import settings
 

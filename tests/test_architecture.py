@@ -1,6 +1,7 @@
 """What holds for the package as a whole; `lint-imports` checks which layer may import which."""
 
 import pkgutil
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -102,6 +103,20 @@ def test_no_public_name_is_a_submodule() -> None:
 def test_import_leaves_torch_alone() -> None:
     result = run("import sys, batchnorm; batchnorm.__version__; print('torch' in sys.modules)")
     assert (result.stdout, result.stderr) == ("False\n", "")
+
+
+def test_only_the_kernels_for_gpus_import_triton_and_only_when_they_run() -> None:
+    for file in PACKAGE.rglob("*.py"):
+        imports = re.findall(r"^\s*(?:import|from) triton\b", file.read_text("utf-8"), re.MULTILINE)
+        assert not imports or file.parent.name == "triton", file
+    code = """
+import sys, torch, batchnorm
+x = torch.randn(4, 3, requires_grad=True)
+batchnorm.batch_norm(x, None, None, training=True).sum().backward()
+batchnorm.explain_backend(x)
+print('triton' in sys.modules)
+"""
+    assert run(code).stdout == "False\n"
 
 
 def test_the_process_that_asks_for_a_benchmark_leaves_torch_alone() -> None:

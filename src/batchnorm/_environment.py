@@ -110,8 +110,8 @@ def _device(name: str, cpu: str) -> Device:
     except RuntimeError as error:  # a driver that does not fit, a card that is full or taken
         reason = str(error).strip().partition("\n")[0]
         return Device(name, model="unknown", backend="", why=reason, refused={})
-    names = [candidate.name for candidate in choice.candidates]
-    chosen = choice.candidates[names.index(choice.chosen)]
+    chosen = next(candidate for candidate in choice.candidates if candidate.name == choice.chosen)
+    names = [candidate.name for candidate in choice.candidates if not candidate.waits or candidate is chosen]
     why = f"the first of {', '.join(names)} that can run the call; {chosen.note}"
     refused = {
         candidate.name: candidate.refused for candidate in choice.candidates if candidate.refused is not None

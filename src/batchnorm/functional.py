@@ -141,7 +141,7 @@ def layer_batch_norm(
     if not ops.is_jit_tracing():  # there a size is a tensor, and a check on it is a warning
         _check_per_channel(
             input,
-            name == "aten" or (name == "cpu" and backend is None),
+            name == "aten" or (name in ops.COMPOSED and backend is None),
             running_mean=running_mean,
             running_var=running_var,
             weight=weight,

@@ -11,7 +11,7 @@ import sys
 from batchnorm._errors import BatchNormError
 from batchnorm._files import check_writable
 from batchnorm.bench import Benchmark, Silent, measure
-from batchnorm.bench.plan import DEFAULT_SUITES, LAYOUTS
+from batchnorm.bench.plan import BACKENDS, DEFAULT_SUITES, LAYOUTS
 
 __all__ = ["main"]
 
@@ -39,6 +39,7 @@ def main() -> None:
             batch=arguments.batch,
             threads=arguments.threads,
             rounds=arguments.rounds,
+            backend=arguments.backend,
             progress=_Lines(),
         )
         if arguments.json:
@@ -73,6 +74,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--batch", type=int)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--backend", choices=BACKENDS, help="what runs our layer; else the usual choice")
     parser.add_argument("--json", metavar="FILE")
     return parser.parse_args()
 

@@ -49,6 +49,7 @@ def measure(
     threads: int | None = None,
     rounds: int = 5,
     memory: Sequence[str] = MEMORY,
+    backend: str | None = None,
     progress: Progress | None = None,
 ) -> Benchmark:
     """Time the layers of this package against PyTorch's on the shapes of real networks, and check both.
@@ -70,6 +71,7 @@ def measure(
         rounds: how often everyone is timed in turn; a shape's ratio is the median over rounds.
         memory: "as-is" and, on a CPU with glibc, "raised": its mmap and trim thresholds so high that a process keeps
             what memory it has once got.
+        backend: what runs our layer, a name that `batchnorm.explain_backend` lists; by default the usual choice.
         progress: told what is going on; see `batchnorm.bench.Progress`.
 
     Returns:
@@ -84,7 +86,9 @@ def measure(
         >>> result = measure("tiny", memory=["as-is"], rounds=1)  # doctest: +SKIP
         >>> print(result.verdict)  # doctest: +SKIP
     """
-    settings = checked(suites, layouts, dtypes, device, against, epilogues, batch, threads, rounds, memory)
+    settings = checked(
+        suites, layouts, dtypes, device, against, epilogues, batch, threads, rounds, memory, backend
+    )
     work, shown, interrupted = _Work(settings), progress or Silent(), False
     with Interrupts() as interrupts:
         try:
@@ -151,6 +155,7 @@ def _job(settings: Settings, task: str, **more: Any) -> dict[str, Any]:
         "threads": settings.threads,
         "against": settings.against,
         "rounds": settings.rounds,
+        "backend": settings.backend,
         **more,
     }
 

@@ -55,7 +55,7 @@ def answers(job: dict[str, Any]) -> Iterator[dict[str, Any]]:
     if job["task"] == "machine":
         yield {"machine": machine.describe(job["device"]), "copy": machine.copy_speed(job["device"])}
     elif job["task"] == "host":
-        yield host_seconds(job["device"])
+        yield host_seconds(job["device"], job["backend"])
     else:
         for fields in job["cases"]:
             case = Case(**{**fields, "shape": tuple(fields["shape"])})
@@ -112,9 +112,9 @@ def _plain(timed: dict[str, Any]) -> dict[str, Any]:
     return {name: asdict(timing) for name, timing in timed.items()}
 
 
-def host_seconds(device: str, repeats: int = 20) -> dict[str, float]:
+def host_seconds(device: str, backend: str | None = None, repeats: int = 20) -> dict[str, float]:
     """The host's seconds for one layer with ReLU, forward and backward, in a chain of 50: what launching costs."""
-    case = Case("host", _CHAIN_SHAPE, 1, "relu", "contiguous", "float32", device, None, "as-is")
+    case = Case("host", _CHAIN_SHAPE, 1, "relu", "contiguous", "float32", device, None, "as-is", backend)
     given = inputs(case)
     found = {}
     for name, build in (("batchnorm", our_layer), ("eager", eager)):

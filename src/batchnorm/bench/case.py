@@ -18,7 +18,10 @@ SIZES = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}
 
 @dataclass(frozen=True)
 class Case:
-    """One worker's task: a shape, its layout and type, what follows, and how the process gets its memory."""
+    """One worker's task: a shape, its layout and type, what follows, and how the process gets its memory.
+
+    `backend` runs our layer; None for the one that runs when nothing is asked for.
+    """
 
     suite: str
     shape: tuple[int, ...]
@@ -29,6 +32,7 @@ class Case:
     device: str
     threads: int | None
     memory: str
+    backend: str | None = None
 
     @property
     def elements(self) -> int:

@@ -96,6 +96,7 @@ def our_layer(case: Case, given: Inputs) -> nn.Module:
     layer = kind(
         case.shape[1],
         activation=EPILOGUES[case.epilogue].activation,
+        backend=case.backend,
         device=given.weight.device,
         dtype=given.weight.dtype,
     )
@@ -175,6 +176,8 @@ def gradients(function: Callable[..., Tensor], layer: nn.Module, given: Inputs) 
 
 def backend_of(case: Case, given: Inputs, *, training: bool) -> str:
     """Which backend runs our layer."""
+    if case.backend is not None:
+        return case.backend
     choice = explain_backend(
         given.x,
         training=training,

@@ -10,10 +10,12 @@ from batchnorm.bench.case import MEMORY, SIZES, Case
 from batchnorm.bench.process import memory_states
 from batchnorm.bench.suites import EPILOGUES, SUITES, Norm, Suite
 
-__all__ = ["LAYOUTS", "RIVALS", "Settings", "cases", "checked"]
+__all__ = ["BACKENDS", "LAYOUTS", "RIVALS", "Settings", "cases", "checked"]
 
 LAYOUTS = ("contiguous", "channels-last")
 RIVALS = ("eager", "compile")
+# Of `ops`, which is not asked, because it would import PyTorch into the process that plans.
+BACKENDS = ("cpu", "triton", "aten", "reference")
 # What `--epilogue all` measures on every shape.
 _ALL = ("none", "relu", "residual+relu")
 DEFAULT_SUITES = ("resnet50", "tiny")
@@ -34,6 +36,7 @@ class Settings:
         threads: of the CPU; None for PyTorch's default.
         rounds: how often everyone is timed in turn.
         memory: how the processes get their memory.
+        backend: what runs our layer; None for the usual choice.
     """
 
     suites: tuple[str, ...] = DEFAULT_SUITES
@@ -46,6 +49,7 @@ class Settings:
     threads: int | None = None
     rounds: int = 5
     memory: tuple[str, ...] = MEMORY
+    backend: str | None = None
 
 
 def checked(
@@ -59,6 +63,7 @@ def checked(
     threads: int | None,
     rounds: int,
     memory: Sequence[str],
+    backend: str | None = None,
 ) -> Settings:
     """The options as settings.
 
@@ -70,6 +75,8 @@ def checked(
     for name, number, least in (("batch", batch, 2), ("threads", threads, 1), ("rounds", rounds, 1)):
         if number is not None and number < least:
             raise InputError(message(name, got=number, expected=f"at least {least}"))
+    if backend is not None:
+        _known("backend", (backend,), BACKENDS)
     possible = memory_states(device)
     wanted = _known("memory", memory, MEMORY)
     return Settings(
@@ -83,6 +90,7 @@ def checked(
         threads=threads,
         rounds=rounds,
         memory=tuple(state for state in wanted if state in possible) or possible[:1],
+        backend=backend,
     )
 
 
@@ -135,6 +143,7 @@ def _of_suite(suite: Suite, layout: str, dtype: str, settings: Settings) -> Iter
                 device=settings.device,
                 threads=settings.threads or suite.threads,
                 memory=memory,
+                backend=settings.backend,
             )
 
 

@@ -13,6 +13,7 @@ from batchnorm._errors import InputError, message
 from batchnorm.ops import aten, eager, formula, traced
 from batchnorm.ops.aten import Running
 from batchnorm.ops.backends import (
+    COMPOSED,
     BackendChoice,
     Call,
     Candidate,
@@ -28,6 +29,7 @@ from batchnorm.ops.recompute import CAN_SEE, CHAIN, can_recompute, look_behind, 
 __all__ = [
     "CAN_SEE",
     "CHAIN",
+    "COMPOSED",
     "BackendChoice",
     "Call",
     "Candidate",
@@ -95,7 +97,7 @@ def train(
     backend: str,
 ) -> Tensor:
     """Normalize by the batch's own statistics, and update the running ones and their counter."""
-    if backend == "cpu" and mask is None and groups == 1 and not is_traced(input):
+    if backend in COMPOSED and mask is None and groups == 1 and not is_traced(input):
         return eager.train(
             kernels_of(backend), input, weight, bias, residual, running, eps, activation, slope
         )
@@ -139,7 +141,7 @@ def normalize(
         return aten.batch_norm(
             input, running_mean, running_var, None, weight, bias, residual, mask, eps, activation, slope
         )
-    if backend == "cpu" and mask is None and not is_traced(input):
+    if backend in COMPOSED and mask is None and not is_traced(input):
         return eager.evaluate(
             kernels_of(backend), input, weight, bias, residual, running_mean, running_var, eps, activation, slope
         )  # fmt: skip

@@ -1,5 +1,6 @@
 """What each backend can run, which one a call gets, and why: frozen data, tested without any device."""
 
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
@@ -11,15 +12,18 @@ from torch import Tensor
 from batchnorm import reference
 from batchnorm._activations import activation_named
 from batchnorm._errors import BackendError, InputError, InputTypeError, message
-from batchnorm.kernels import cpu
+from batchnorm.kernels import cpu, triton
 from batchnorm.kernels.cpu import launch
+from batchnorm.kernels.triton.plan import bytes_of_bits
 
 __all__ = [
     "BACKENDS",
+    "COMPOSED",
     "Backend",
     "BackendChoice",
     "Call",
     "Candidate",
+    "bits_of",
     "call_of",
     "check_name",
     "choose",
@@ -40,26 +44,38 @@ class Call(NamedTuple):
     groups: int = 1
 
 
+def _eighth(samples: int, channels: int, positions: int) -> int:
+    return (samples * channels * positions + 7) // 8
+
+
 @dataclass(frozen=True)
 class Backend:
     """A name, what it refuses, and how exact it is, given whether the channel is the fastest axis.
 
-    `module` holds the kernels; aten has none of ours.
+    `module` holds the kernels, or is the name of the module, which is imported when it is first needed; aten has none
+    of ours. `waits` says why a call that it could run goes to another one unless it is asked for by name. `bits` is
+    the size in bytes of what it keeps of act′ for a shape (N, C, S).
     """
 
     name: str
     refuses: Callable[[Call], str | None]
     error: Callable[[Call, bool], str]
-    module: ModuleType | None = None
+    module: ModuleType | str | None = None
+    waits: Callable[[Call], str] = lambda call: ""
+    bits: Callable[[int, int, int], int] = _eighth
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One backend of a choice: `refused` says why it cannot run the call, None that it can; `note` its exactness."""
+    """One backend of a choice: `refused` says why it cannot run the call, None that it can; `note` its exactness.
+
+    `waits` says why it runs only when it is asked for by name.
+    """
 
     name: str
     refused: str | None
     note: str
+    waits: str = ""
 
 
 @dataclass(frozen=True)
@@ -76,13 +92,15 @@ class BackendChoice:
                 state = f"cannot run this call: {candidate.refused}"
             elif candidate.name == self.chosen:
                 state = f"chosen; {candidate.note}"
+            elif candidate.waits:
+                state = f"runs this call when asked for by name: {candidate.waits}; {candidate.note}"
             else:
                 state = f"could run this call; {candidate.note}"
             lines.append(f"  {candidate.name}: {state}")
         return "\n".join(lines)
 
 
-_CPU_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def _cpu_refuses(call: Call) -> str | None:
@@ -90,7 +108,7 @@ def _cpu_refuses(call: Call) -> str | None:
         return f"its kernels run on the CPU, and the input is on {call.device}"
     if not cpu.available():
         return cpu.why_not()
-    if call.dtype not in _CPU_DTYPES:
+    if call.dtype not in _FLOATS:
         return f"it has no kernels for {call.dtype}"
     return None
 
@@ -102,6 +120,32 @@ def _cpu_error(call: Call, rows: bool) -> str:
     if call.dtype == torch.float64:
         exact = "exact to some 1e-15 of the largest value: float64 throughout"
     return exact if call.training else f"{exact}; traced and exported calls in eval take aten"
+
+
+# Set it to True when `make test-gpu` and the benchmark have been run on a GPU, and say so in CHANGELOG.md.
+_RUN_ON_A_GPU = False
+
+
+def _triton_refuses(call: Call) -> str | None:
+    if call.dtype not in _FLOATS:
+        return f"it has no kernels for {call.dtype}"
+    return triton.why_not(call.device, call.dtype) or None
+
+
+def _triton_waits(call: Call) -> str:
+    if call.device == "cpu":
+        return "triton's interpreter is there for tests"
+    if not _RUN_ON_A_GPU:
+        return (
+            "its kernels have passed their tests in triton's interpreter and have not been run on a GPU yet"
+        )
+    return ""
+
+
+def _triton_error(call: Call, rows: bool) -> str:
+    if call.dtype == torch.float64:
+        return "exact to some 1e-15 of the largest value: float64 throughout"
+    return "within 1e-6 of the largest value: float32 sums about a pilot, two float32 for the mean"
 
 
 def _aten_refuses(call: Call) -> str | None:
@@ -129,6 +173,15 @@ BACKENDS: dict[str, Backend] = {
     backend.name: backend
     for backend in (
         Backend("cpu", _cpu_refuses, _cpu_error, launch),
+        Backend(
+            "triton",
+            _triton_refuses,
+            _triton_error,
+            "batchnorm.kernels.triton.launch",
+            _triton_waits,
+            # The larger of both memory orders, because a compiler may choose another one than it was told of.
+            lambda samples, channels, positions: torch.sym_max(*bytes_of_bits(samples, channels, positions)),
+        ),
         Backend("aten", _aten_refuses, _aten_error),
         Backend(
             "reference",
@@ -144,12 +197,26 @@ BACKENDS: dict[str, Backend] = {
 }
 
 
+# The backends whose modules also have `train_forward`, `train_backward` and `eval_forward`: a direction in one call.
+COMPOSED = ("cpu", "triton")
+
+_modules: dict[str, ModuleType] = {}
+
+
 def kernels_of(backend: str) -> ModuleType:
     """The module that holds a backend's kernels."""
-    module = BACKENDS[backend].module
+    module = _modules.get(backend)
     if module is None:
-        raise BackendError(message("kernels", got=backend, expected="a backend with kernels of its own"))
+        named = BACKENDS[backend].module
+        if named is None:
+            raise BackendError(message("kernels", got=backend, expected="a backend with kernels of its own"))
+        module = _modules[backend] = importlib.import_module(named) if isinstance(named, str) else named
     return module
+
+
+def bits_of(backend: str, input: Tensor) -> int:
+    """The bytes that hold the bits of act′ for an input, as its backend packs them."""
+    return BACKENDS[backend].bits(input.shape[0], input.shape[1], input.shape[2:].numel())
 
 
 def check_name(backend: str | None) -> None:
@@ -188,7 +255,11 @@ def _choose(call: Call, backend: str | None, traced: bool) -> str:
     if backend is None:
         if traced and not call.training and call.groups == 1:
             return "aten"
-        return next(name for name, candidate in BACKENDS.items() if candidate.refuses(call) is None)
+        return next(
+            name
+            for name, candidate in BACKENDS.items()
+            if candidate.refuses(call) is None and not candidate.waits(call)
+        )
     if backend not in BACKENDS:
         raise InputError(
             message("backend", got=repr(backend), expected=f"None or one of {', '.join(BACKENDS)}")
@@ -247,7 +318,7 @@ def explain_backend(
     return BackendChoice(
         chosen=choose(call, None),
         candidates=tuple(
-            Candidate(backend.name, backend.refuses(call), backend.error(call, rows))
+            Candidate(backend.name, backend.refuses(call), backend.error(call, rows), backend.waits(call))
             for backend in BACKENDS.values()
         ),
     )

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from batchnorm._errors import InputError, message
 from batchnorm.ops import aten
-from batchnorm.ops.backends import kernels_of
+from batchnorm.ops.backends import COMPOSED, kernels_of
 
 __all__ = ["check_inplace", "normalize_"]
 
@@ -92,7 +92,7 @@ def normalize_(
         )
         return input.copy_(y)
     kernels = kernels_of(backend)
-    if backend == "cpu" and mask is None:
+    if backend in COMPOSED and mask is None:
         residual = _unless_shared(residual, input)
         kernels.eval_forward(
             input, running_mean, running_var, weight, bias, residual, eps, activation, slope, input

@@ -13,7 +13,7 @@ from torch import Tensor
 from batchnorm._activations import activation_named
 from batchnorm.ops import formula
 from batchnorm.ops.aten import Running
-from batchnorm.ops.backends import kernels_of
+from batchnorm.ops.backends import bits_of, kernels_of
 from batchnorm.ops.eager import keep, like, normalize_gradients
 
 __all__ = ["normalize", "train"]
@@ -67,10 +67,10 @@ def _wide(input: Tensor, *shape: int) -> Tensor:
     return input.new_empty(shape, dtype=torch.float32 if input.device.type == "mps" else torch.float64)
 
 
-def _saved(input: Tensor, residual: Tensor | None, activation: str | None) -> Tensor:
+def _saved(input: Tensor, residual: Tensor | None, activation: str | None, backend: str) -> Tensor:
     act = activation_named(activation)
     bits = residual is not None and act is not None and act.on is not None
-    return input.new_empty((input.numel() + 7) // 8 if bits else 0, dtype=torch.uint8)
+    return input.new_empty(bits_of(backend, input) if bits else 0, dtype=torch.uint8)
 
 
 def _gradient_like(parameter: Tensor | None, input: Tensor) -> Tensor:
@@ -81,7 +81,7 @@ def _gradient_like(parameter: Tensor | None, input: Tensor) -> Tensor:
 def _(input, weight, bias, residual, mask, groups, eps, activation, slope, backend):  # type: ignore[no-untyped-def]
     channels = input.shape[1]
     statistics = _wide(input, groups, channels), _wide(input, groups, channels), _wide(input, groups, 1)
-    return torch.empty_like(input), *statistics, _saved(input, residual, activation)
+    return torch.empty_like(input), *statistics, _saved(input, residual, activation, backend)
 
 
 @torch.library.register_fake("batchnorm::backward")
@@ -98,7 +98,7 @@ def _(input, mask, groups, backend):  # type: ignore[no-untyped-def]
 
 @torch.library.register_fake("batchnorm::normalize")
 def _(input, mean, invstd, weight, bias, residual, mask, activation, slope, backend):  # type: ignore[no-untyped-def]
-    return torch.empty_like(input), _saved(input, residual, activation)
+    return torch.empty_like(input), _saved(input, residual, activation, backend)
 
 
 @torch.library.register_fake("batchnorm::grad_sums")
