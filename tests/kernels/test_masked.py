@@ -111,6 +111,7 @@ def agree(data: Data, activation: str | None, room: float, groups: int = 1) -> N
     )
     # All of dx may cancel, as that of a single valid value does: its rounding is that of what is subtracted.
     least = 1e-3 * (weight.abs().max() / EPS**0.5 * dy.nan_to_num().abs().max()).item() if dy.numel() else 1
+    least = max(least, 1e-300)
     for mine, other, name in zip(gradients, expected, ("dx", "dweight", "dbias", "dresidual"), strict=True):
         near(mine, other, 2 * room, name, least if name == "dx" else 1e-300)
     for value in (y, gradients[0], *([gradients[3]] if r is not None else [])):
@@ -188,6 +189,7 @@ def test_groups(samples: int, layout: str, parameters: str, activation: str | No
 def test_any_shape(
     shape: tuple[int, int, int], layout: str, activation: str | None, residual: bool, kind: str
 ) -> None:
+    torch.manual_seed(0)  # the same numbers when hypothesis runs an example again
     agree(Data(shape, torch.float64, layout, residual, kind), activation, 1e-11)
 
 
