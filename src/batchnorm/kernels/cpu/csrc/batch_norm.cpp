@@ -31,6 +31,7 @@ void forward(const Input& input, Normalize call, double eps, double* mean, doubl
   const bool exact = input.dtype == DType::f64;  // elsewhere a float64 mean is more than the elements can show
   const Affine affine{mean, exact ? lows.get() : nullptr, rstds.get(), call.affine.weight, call.affine.bias};
   call.streaming = prepare(input.bytes(), call.y);
+  call.again = true;
   for_panels(input.view, 1, input.element_size(), [&](const View& view, int64_t first) {
     const Input part = input.panel(view);
     Normalize here = call;

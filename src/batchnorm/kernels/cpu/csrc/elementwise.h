@@ -139,14 +139,14 @@ INLINE void walk(Op& op, const View& v, int64_t origin, int64_t first, int64_t l
   }
 }
 
-// Calls run(origin, first, last) for every block, from the last to the first: what the reduction read last is still in
-// the cache.
+// Calls run(origin, first, last) for every block. Backwards behind a reduction, because what that read last is still in
+// the cache; otherwise forwards, which memory does 10 to 20 % faster.
 template <class RunBlock>
-void for_elements(const View& v, const RunBlock& run) {
+void for_elements(const View& v, bool backwards, const RunBlock& run) {
   // Of some channels of planes, every sample's part is contiguous.
   const bool whole = !v.planes || v.step == v.channels * v.inner;
   const int64_t size = whole ? v.elements : v.channels * v.inner, chunks = (size + block - 1) / block;
-  for_blocks(whole ? chunks : v.samples * chunks, v.elements, true, [&](int64_t b) {
+  for_blocks(whole ? chunks : v.samples * chunks, v.elements, backwards, [&](int64_t b) {
     const int64_t origin = v.offset + b / chunks * v.step, first = b % chunks * block;
     run(origin, origin + first, origin + std::min(size, first + block));
   });

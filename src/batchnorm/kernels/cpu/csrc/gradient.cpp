@@ -317,7 +317,7 @@ INLINE void run_block(const InputJob<T>& all, int64_t origin, int64_t first, int
 
 template <class T, Act A, From F, bool Keeps>
 void input(const InputJob<T>& all) {
-  for_elements(all.job.v, [&](int64_t origin, int64_t first, int64_t last) {
+  for_elements(all.job.v, true, [&](int64_t origin, int64_t first, int64_t last) {
     at_level([&](auto level) INLINE_LAMBDA { run_block<decltype(level), T, A, F, Keeps>(all, origin, first, last); });
   });
 }

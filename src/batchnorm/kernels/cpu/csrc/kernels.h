@@ -58,6 +58,7 @@ struct Normalize {
   Act act;
   double slope;
   bool streaming = false;
+  bool again = false;  // x has just been read
 };
 void normalize(const Input& input, const Normalize& call);
 

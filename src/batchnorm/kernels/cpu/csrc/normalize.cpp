@@ -14,7 +14,7 @@ struct Job {
   uint8_t* bits;
   const Coefficients<Wide<T>, 4>& coefficients;
   Wide<T> slope;
-  bool streaming, far;
+  bool streaming, far, again;
 };
 
 template <class L, class T, Act A, Added R>
@@ -73,7 +73,7 @@ INLINE void run_block(const Job<T>& job, int64_t origin, int64_t first, int64_t 
 
 template <class T, Act A, Added R>
 void run(const Job<T>& job) {
-  for_elements(job.v, [&](int64_t origin, int64_t first, int64_t last) {
+  for_elements(job.v, job.again, [&](int64_t origin, int64_t first, int64_t last) {
     at_level([&](auto level) INLINE_LAMBDA { run_block<decltype(level), T, A, R>(job, origin, first, last); });
   });
 }
@@ -93,7 +93,7 @@ void normalize_of(const Input& input, const Normalize& call) {
   const Coefficients<Wide<T>, 4> k(v, call.affine);
   const Job<T> job{v,     static_cast<const T*>(input.x), static_cast<const T*>(call.residual), static_cast<T*>(call.y),
                    call.bits, k, static_cast<Wide<T>>(call.slope),
-                   call.streaming, input.far};
+                   call.streaming, input.far, call.again};
   switch (call.act) {
     case Act::relu:
       return run_added<T, Act::relu>(job);
