@@ -232,6 +232,10 @@ def _cpu() -> Any:
     ((2, 3, 31, 37), "contiguous", False, "relu6"), ((6, 5, 33), "contiguous", True, "hardswish"),
     ((41, 2, 9, 9), "channels_last", False, "hardswish"), ((131, 5), "contiguous", True, None),
     ((300, 521), "contiguous", True, "relu"), ((3, 3), "contiguous", True, "relu"),
+    # Two, four and seven lanes or elements left over: fewer than some levels' vectors have.
+    ((300, 514), "contiguous", False, "relu"), ((300, 516), "contiguous", True, None),
+    ((300, 519), "contiguous", False, None), ((2, 2, 515), "contiguous", False, None),
+    ((2, 3, 16389), "contiguous", True, "relu"),
 ], ids=str)  # fmt: skip
 def test_same_bits_at_every_level_of_the_processor(
     shape: tuple[int, ...], layout: str, residual: bool, activation: str | None, dtype: torch.dtype
@@ -239,7 +243,8 @@ def test_same_bits_at_every_level_of_the_processor(
     data = Data(shape, dtype, layout, residual)
     seen = {}
     for most in (64, 32, 16):
-        seen[_cpu().use_vectors(most)] = step(data, activation)
+        level = _cpu().use_vectors(most)
+        seen[level] = step(data, activation)
     assert 16 in seen
     for other in seen.values():
         assert all(map(same_bits, other, seen[16]))

@@ -47,11 +47,16 @@ class Ahead {
 template <int N>
 using Count = std::integral_constant<int, N>;
 
+// Fewer lanes than this are added up one after another, and that at every level: in packs they would give other bits,
+// because rows are then added to one another before they are added to the sums.
+constexpr int64_t few_lanes = 8;
+
 // Calls add(Count packs, first row, rows, lane, skip) until every row of every lane was in a call: some packs of lanes from
-// `lane` on, of which the first `skip` were in another one. Where there are fewer lanes, calls one(lane) for all rows.
+// `lane` on, of which the first `skip` were in another one. Where there are few lanes, calls one(lane) for all rows.
 template <class L, class T, class Add, class One>
 INLINE void for_columns(int64_t rows, int64_t lanes, const Add& add, const One& one) {
-  if (lanes < L::narrow) {
+  static_assert(L::narrow <= few_lanes);
+  if (lanes < few_lanes) {
     for (int64_t l = 0; l < lanes; ++l) one(l);
     return;
   }

@@ -71,10 +71,11 @@ INLINE double about_mean(double square, double sum, double per_n) {
   return m2 < 0 ? 0 : m2;  // NaN stays
 }
 
-// Whether float holds a sum of squares: not infinite, and not lost below 2^-149.
+// Whether P has digits to spare for the squares about any value of T.
 template <class T, class P>
 constexpr bool spare = std::is_same_v<P, double> && !std::is_same_v<T, double>;
 
+// Whether a sum of squares in float is of no use: infinite, or its terms lost below 2^-149. (Float16 has no such values.)
 template <class T, class P>
 INLINE bool lost(double square, double count) {
   if constexpr (!std::is_same_v<T, BFloat16> || !std::is_same_v<P, float>) return false;

@@ -15,17 +15,10 @@
 #define INLINE __forceinline
 #define RESTRICT __restrict
 #define INLINE_LAMBDA
-#define INDEPENDENT __pragma(loop(ivdep))
-#elif defined(__clang__)
-#define INLINE inline __attribute__((always_inline))
-#define RESTRICT __restrict__
-#define INLINE_LAMBDA __attribute__((always_inline))
-#define INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
 #else
 #define INLINE inline __attribute__((always_inline))
 #define RESTRICT __restrict__
 #define INLINE_LAMBDA __attribute__((always_inline))
-#define INDEPENDENT _Pragma("GCC ivdep")
 #endif
 
 // One copy of a function for each level of x86-64; the loader picks one (ifunc, hence glibc). What the function
