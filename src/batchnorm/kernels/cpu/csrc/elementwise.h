@@ -2,6 +2,8 @@
 
 #pragma once
 
+#include <cmath>
+
 #include "kernels.h"
 
 #if defined(__SSE2__)
@@ -41,14 +43,16 @@ class Coefficients {
         repeat_(v.planes ? 1 : v.inner),
         memory_((lanes_ + tile - 1) / tile * tile * Count) {
     set(0, [&](int64_t c) { return static_cast<W>(a.mean[c]); });
-    // Infinite means have no rest: infinity − infinity would be NaN, and the channel is lost anyway.
     set(1, [&](int64_t c) { return rest(a.mean[c]) + (a.low ? a.low[c] : 0.0); });
     set(2, a.weight, [&](double weight, int64_t c) { return weight * a.rstd[c]; }, 1);
     set(3, a.bias, [](double bias, int64_t) { return bias; }, 0);
   }
 
-  // What W leaves of a double.
-  static double rest(double value) { return value - static_cast<double>(static_cast<W>(value)); }
+  // What W leaves of a double; nothing of what W holds as infinite, where it would be NaN or infinite, too.
+  static double rest(double value) {
+    const double left = value - static_cast<double>(static_cast<W>(value));
+    return std::isfinite(left) ? left : 0;
+  }
 
   template <class Value>
   void set(int64_t number, const Value& value) {

@@ -31,10 +31,10 @@ struct Op {
 
   template <bool Same>
   INLINE void run(int64_t e, int64_t length, int64_t j, int64_t at) {
-    const T* RESTRICT x = job.x + e;
-    const T* RESTRICT residual = R == Added::none ? nullptr : job.residual + e;
-    T* RESTRICT y = out + at;
-    uint8_t* RESTRICT o = R == Added::bits ? on + at : nullptr;
+    const T* x = job.x + e;  // may be y
+    const T* residual = R == Added::none ? nullptr : job.residual + e;
+    T* y = out + at;
+    uint8_t* o = R == Added::bits ? on + at : nullptr;
     const Coefficient<L, W, 4, Same> k(job.coefficients.at(j));
     const W slope = job.slope;
     const bool far = job.far;
