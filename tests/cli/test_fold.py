@@ -1,4 +1,5 @@
 import json
+import logging
 import os
 import sys
 import warnings
@@ -215,8 +216,24 @@ def test_bad_input_writes_nothing(invoke, net, file: Path, arguments: tuple[str,
     assert result.exit_code == 2, result.output
     assert text in result.stderr
     assert result.stderr.count("error: ") == 1
-    assert "Traceback" not in result.stderr
     assert {each: each.read_bytes() for each in Path().iterdir() if each.is_file()} == before
+
+
+def test_what_pytorch_logs_about_a_broken_program_is_not_shown(invoke, net: nn.Module) -> None:
+    torch.save(net, "code.pt2")
+    shown: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    handler.emit = shown.append
+    logger = logging.getLogger("torch.export")
+    logger.addHandler(handler)
+    try:
+        with pytest.raises(batchnorm.ModelError, match="failed locating file"):
+            batchnorm.fold("code.pt2")
+        assert not shown
+        logger.warning("and afterwards it is")
+        assert len(shown) == 1
+    finally:
+        logger.removeHandler(handler)
 
 
 def test_a_file_that_cannot_be_written_leaves_nothing(invoke, file: Path, monkeypatch) -> None:

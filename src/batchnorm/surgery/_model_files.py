@@ -75,16 +75,15 @@ def load_model(path: str | os.PathLike[str]) -> Any:
 def _load_program(file: Path) -> Any:
     """The exported program. Why it cannot be read, PyTorch logs with a traceback and does not raise."""
     logger, reasons = logging.getLogger("torch.export"), _Reasons()
-    propagate, logger.propagate = logger.propagate, False
-    logger.addHandler(reasons)
+    before = logger.handlers, logger.propagate
+    logger.handlers, logger.propagate = [reasons], False
     try:
         with without_warnings():
             return torch.export.load(file)
     except Exception as error:
         raise (reasons.first or error) from error
     finally:
-        logger.removeHandler(reasons)
-        logger.propagate = propagate
+        logger.handlers, logger.propagate = before
 
 
 class _Reasons(logging.Handler):
