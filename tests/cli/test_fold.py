@@ -1,4 +1,5 @@
 import json
+import logging
 import os
 import sys
 import warnings
@@ -140,7 +141,8 @@ def test_nothing_to_fold_is_fine(invoke, tmp_path: Path) -> None:
     assert result.exit_code == 0
     assert "No batch norm found" in result.stdout
     assert Path("folded.onnx").is_file()
-    assert batchnorm.fold("net.onnx").notes == ("the model has no batch norm",)
+    assert "torch.onnx.export fold it themselves" in " ".join(result.stdout.split())
+    assert batchnorm.fold("net.onnx").notes[0] == "the model has no batch norm"
 
 
 def test_without_safetensors_it_says_what_to_install(invoke, net: nn.Module, monkeypatch) -> None:
@@ -185,6 +187,12 @@ def test_the_input_is_not_written_over(invoke, file: Path, how: str) -> None:
         (("net.onnx", "-o", "out.onnx", "--json", "out.onnx"), "the same file"),
         (("net.onnx", "-o", "out.onnx", "--json", "net.onnx"), "which is read"),
         (("nets", "-o", "out.pt"), "expected a .onnx or a .pt2 file, or MODULE:FACTORY"),
+        ((".", "-o", "out.onnx"), "got '.', expected a .onnx or a .pt2 file, or MODULE:FACTORY"),
+        (("code.pt", "-o", "out.pt"), "my_nets:make_net --weights code.pt"),
+        (
+            ("code.pt2", "-o", "out.pt2"),
+            "code.pt2: got RuntimeError: PytorchStreamReader failed locating file",
+        ),
         (("nets:make", "-o", "out.onnx"), "ends in .safetensors or .pt or .pth"),
         (("nets:none", "-o", "out.pt"), "no 'none' in nets"),
         (("nets:make", "--weights", "none.pt", "-o", "out.pt"), "none.pt, no such file"),
@@ -201,6 +209,7 @@ def test_bad_input_writes_nothing(invoke, net, file: Path, arguments: tuple[str,
         Path(name).write_bytes(b"\x01nothing")
     torch.save({"0.weight": torch.zeros(2)}, "other.pt")
     torch.save(net, "code.pt")
+    torch.save(net, "code.pt2")
     torch.save([1], "list.pt")
     before = {each: each.read_bytes() for each in Path().iterdir() if each.is_file()}
     result = invoke("fold", *arguments)
@@ -208,6 +217,23 @@ def test_bad_input_writes_nothing(invoke, net, file: Path, arguments: tuple[str,
     assert text in result.stderr
     assert result.stderr.count("error: ") == 1
     assert {each: each.read_bytes() for each in Path().iterdir() if each.is_file()} == before
+
+
+def test_what_pytorch_logs_about_a_broken_program_is_not_shown(invoke, net: nn.Module) -> None:
+    torch.save(net, "code.pt2")
+    shown: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    handler.emit = shown.append
+    logger = logging.getLogger("torch.export")
+    logger.addHandler(handler)
+    try:
+        with pytest.raises(batchnorm.ModelError, match="failed locating file"):
+            batchnorm.fold("code.pt2")
+        assert not shown
+        logger.warning("and afterwards it is")
+        assert len(shown) == 1
+    finally:
+        logger.removeHandler(handler)
 
 
 def test_a_file_that_cannot_be_written_leaves_nothing(invoke, file: Path, monkeypatch) -> None:

@@ -115,8 +115,9 @@ def test_few_samples() -> None:
         with batchnorm.adapt(model, method) as adapted:
             with pytest.raises(batchnorm.DataError, match=r"a batch of one sample.*blend"):
                 adapted(torch.randn(1, 2, 6, 6))
-            with pytest.warns(UserWarning, match="statistics of 15 samples are noise"):
+            with pytest.warns(UserWarning, match="statistics of 15 samples are noise") as told:
                 adapted(torch.randn(15, 2, 6, 6))
+            assert told[0].filename == __file__
             adapted(torch.randn(15, 2, 6, 6))  # said once
     with batchnorm.adapt(model, "blend") as adapted:
         adapted(torch.randn(1, 2, 6, 6))
@@ -195,6 +196,21 @@ def test_it_says_what_it_is() -> None:
         repr(adapted)
         == f"Adapted(Branches, 'batch': 8 batches, design effect {adapted.design_effect:.2g}, ended)"
     )
+
+
+def test_without_a_block_and_block_after_block() -> None:
+    model, x = Branches(), torch.randn(16, 2, 6, 6)
+    blocks = batchnorm.adapt(model)
+    with pytest.raises(batchnorm.ModelError, match=r"got a call without a block.*with batchnorm.adapt"):
+        blocks(x)
+    before = state(model)
+    with blocks as first:
+        expected = first(x)
+    with blocks as second:
+        assert torch.equal(second(x), expected)
+    assert second is not first
+    assert_same_state(model, before)
+    assert not any(module._forward_pre_hooks for module in model.modules())
 
 
 def test_tent_needs_logits() -> None:

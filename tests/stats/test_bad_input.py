@@ -25,6 +25,14 @@ def net() -> nn.Module:
         ([], {}, batchnorm.DataError, "loader: got no batch"),
         ([()], {}, batchnorm.DataError, "batch: got an empty tuple.*forward="),
         (["text"], {}, batchnorm.DataError, "batch: got a str"),
+        ([DATA[0].numpy()], {}, batchnorm.DataError, r"got a ndarray.*torch\.as_tensor"),
+        (
+            [{"image": DATA[0]}],
+            {},
+            batchnorm.DataError,
+            r"a dict of image, expected .* input among them.*model\(batch\['image'\]\)",
+        ),
+        ([{}], {}, batchnorm.DataError, "a dict of nothing"),
         ([torch.randn(1, 2, 1, 1)], {}, batchnorm.DataError, "1 values a channel.*more than one"),
         (iter(DATA), {"mode": "sequential"}, batchnorm.DataError, "only once"),
         (DATA, {"mode": "both"}, batchnorm.InputError, "mode: got 'both'"),
@@ -54,7 +62,12 @@ def test_models_that_it_is_not_for() -> None:
     for model, error, text in (
         (3, batchnorm.InputTypeError, "model: got int"),
         (nn.Linear(2, 2), batchnorm.ModelError, "got none, expected at least one"),
-        (frozen, batchnorm.ModelError, "0: frozen: momentum is 0"),
+        (frozen, batchnorm.ModelError, "0: frozen: momentum is 0, expected at least one$"),
+        (
+            batchnorm.freeze(net()).model,
+            batchnorm.ModelError,
+            r"frozen by freeze.*batchnorm\.unfreeze\(model",
+        ),
         (
             nn.Sequential(nn.LazyBatchNorm2d()),
             batchnorm.ModelError,

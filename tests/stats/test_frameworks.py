@@ -279,7 +279,8 @@ def test_slots_of_an_optimizer_are_no_layer() -> None:
     ("name", "variables", "options", "text"),
     [
         ("pytorch", KERAS, {}, "framework: got 'pytorch', expected one of 'keras', 'tensorflow'"),
-        ("keras", [MEAN], {}, "variables: got a list, expected a dictionary"),
+        ("keras", [MEAN], {}, "nested or not. For example {variable.name: variable for"),
+        ("flax", [MEAN], {}, "variables: got a list, expected a dictionary"),
         ("keras", {}, {}, "got no batch norm among nothing, expected moving_mean and moving_variance"),
         ("keras", FLAX, {}, "got no batch norm among bias, mean, scale, var"),
         (

@@ -66,7 +66,7 @@ def test_a_weight_that_a_norm_shares_does_not_decay() -> None:
 @pytest.mark.parametrize(
     ("model", "decay", "error", "text"),
     [
-        (3, 0.1, batchnorm.InputTypeError, "model: got int"),
+        (3, 0.1, batchnorm.InputTypeError, "model: got int.*not its parameters"),
         (nn.Linear(1, 1), -1, batchnorm.InputError, "weight_decay: got -1"),
         (nn.Linear(1, 1), float("inf"), batchnorm.InputError, "weight_decay: got inf"),
         (nn.Linear(1, 1), "0.1", batchnorm.InputTypeError, "weight_decay: got str"),

@@ -102,6 +102,8 @@ def test_one_value_in_all_leaves_the_variance() -> None:
         (None, [0, 0, 0], batchnorm.InputError, "0 for all"),
         (None, [1, -2, 1], batchnorm.InputError, "got -2"),
         (None, [1, float("nan"), 1], batchnorm.InputError, "got nan"),
+        (None, 3, batchnorm.InputTypeError, "counts: got a int, expected a list"),
+        (None, torch.ones(3), batchnorm.InputTypeError, r"got a Tensor.*counts\.tolist"),
         (None, ["1", 1, 1], batchnorm.InputTypeError, "a str"),
         (None, [{}, 1, 1], batchnorm.InputError, "none for 1"),
         (lambda s: s[1].pop("0.bias"), [1, 1, 1], batchnorm.ModelError, "state dict 1: got no 0.bias"),
@@ -111,7 +113,7 @@ def test_one_value_in_all_leaves_the_variance() -> None:
         (lambda s: s.clear(), [], batchnorm.InputError, "state_dicts: got none"),
     ],
 )
-def test_refused(change: Any, counts: list[Any], error: type[Exception], text: str) -> None:
+def test_refused(change: Any, counts: Any, error: type[Exception], text: str) -> None:
     states: list[Any] = clients()
     if change is not None:
         change(states)

@@ -174,6 +174,26 @@ def test_dry_run() -> None:
         assert type(model[1]) is nn.BatchNorm2d
         assert "__module__" not in vars(model[1])
         assert changes.revert() is model
+        assert str(changes).startswith("convert (dry run, nothing was changed): 1 changed")
+        assert '"dry_run": true' in changes.to_json()
+    done = batchnorm.convert(net(), "batchnorm")
+    assert repr(done) == "Changes(convert: 1 changed, 0 skipped)"
+    assert '"dry_run": false' in done.to_json()
+
+
+def test_an_option_that_is_misspelled() -> None:
+    known = "expected one of eps, momentum, activation, negative_slope, nonfinite, backend$"
+    with pytest.raises(batchnorm.InputError, match=f"option of BatchNorm1d: got 'nonfinit', {known}"):
+        batchnorm.convert(net(), "batchnorm", nonfinit="skip")
+    with pytest.raises(batchnorm.InputError, match=r"got 'nonfinite', expected one of eps, momentum$"):
+        batchnorm.convert(net(), "torch", nonfinite="skip")
+
+
+def test_an_activation_for_every_layer_is_told() -> None:
+    changes = batchnorm.convert(net(), "batchnorm", activation="relu")
+    assert changes.model[1].activation == "relu"
+    assert "every converted layer does 'relu' now" in changes.notes[0]
+    assert not batchnorm.convert(net(), "batchnorm", activation=None).notes
 
 
 def test_lazy_layers() -> None:

@@ -100,8 +100,7 @@ def test_values_that_change_in_place() -> None:
         def forward(self, x):
             c = self.conv(x)
             y = self.bn(c)
-            with torch.no_grad():
-                c.detach().mul_(2)
+            c.detach().mul_(2)
             return F.relu(y + x)
 
     class Into(Base):
@@ -319,3 +318,113 @@ def test_wrapped_models_and_graphs() -> None:
     assert found["0.body.3.1"] == "its forward is a graph, which makes its own code"
     assert found["1"] == "takes its activation"
     torch.testing.assert_close(copy.deepcopy(changes.model)(X), copy.deepcopy(graph)(X))
+
+
+def tracked(model: nn.Module) -> list[torch.Tensor | None]:
+    """Output and gradients of a training step; None where there is none, and for all if the output has none."""
+    x = X.clone().requires_grad_()
+    y = model.train()(x)
+    if y.requires_grad:
+        y.square().sum().backward()
+    found = [y.detach(), x.grad, *(parameter.grad for parameter in model.parameters())]
+    model.zero_grad()
+    return found
+
+
+def same_gradients(model: nn.Module) -> batchnorm.Changes:
+    """What `fuse` does to a model, which computes the same and tracks the same afterwards."""
+    changes = batchnorm.fuse(randomize(model))
+    for actual, wanted in zip(tracked(changes.model), tracked(model), strict=True):
+        assert (actual is None) == (wanted is None)
+        if actual is not None:
+            torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-4)
+    return changes
+
+
+def stays(cls: type[nn.Module]) -> str:
+    """Why a forward stays as it is."""
+    changes = same_gradients(cls())
+    assert type(changes.model) is cls
+    return notes(changes)["bn"]
+
+
+def test_blocks_that_a_graph_does_not_show() -> None:
+    class Untracked(Base):
+        def forward(self, x):
+            with torch.no_grad():
+                y = self.conv(x)
+            return F.relu(self.bn(y))
+
+    class Decorated(Base):
+        @torch.no_grad()
+        def forward(self, x):
+            return F.relu(self.bn(self.conv(x)))
+
+    class Switching(Base):
+        def forward(self, x):
+            torch.set_grad_enabled(False)
+            y = self.conv(x)
+            torch.set_grad_enabled(True)
+            return F.relu(self.bn(y))
+
+    class Helped(Base):
+        def forward(self, x):
+            return F.relu(self.bn(self.precise(x)))
+
+        def precise(self, x):
+            with torch.autocast("cpu", enabled=False):
+                return self.conv(x)
+
+    class Own(Base):
+        def forward(self, x):
+            with torch.profiler.record_function("block"):
+                return F.relu(self.bn(self.conv(x)))
+
+    class Checkpointed(Base):
+        def forward(self, x):
+            y = torch.utils.checkpoint.checkpoint(self.conv, x, use_reentrant=False)
+            return F.relu(self.bn(y))
+
+    assert "forward has a `with` block" in stays(Untracked)
+    assert "runs without gradients" in stays(Decorated)
+    assert "runs without gradients" in stays(Switching)
+    assert "precise has a `with` block" in stays(Helped)
+    assert "forward has a `with` block" in stays(Own)
+    assert "hooks that it sets itself" in stays(Checkpointed)
+
+
+@pytest.mark.parametrize("where", ["activation", "convolution"])
+def test_a_block_around_a_part_of_what_is_fused(where: str) -> None:
+    """Layers alone change here, no forward."""
+
+    class Layers(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.bn, self.act = nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3), nn.ReLU()
+
+        def forward(self, x):
+            with torch.set_grad_enabled(where == "activation"):
+                y = self.conv(x)
+            y = self.bn(y)
+            with torch.set_grad_enabled(where != "activation"):
+                return self.act(y)
+
+    changes = same_gradients(Layers())
+    if where == "activation":
+        assert notes(changes) == {"bn": "ReLU (act) behind it runs in another block"}
+    else:
+        assert names(changes) == ["bn", "act"]
+
+
+def test_fused_under_no_grad() -> None:
+    """The block around the call of `fuse` is not the forward's."""
+
+    class Block(Base):
+        def forward(self, x):
+            return F.relu(self.bn(self.conv(x)))
+
+    with torch.no_grad():
+        changes = batchnorm.fuse(Block())
+    assert "takes the activation" in notes(changes)["bn"]
+    changes.model(X).sum().backward()
+    assert changes.model.conv.weight.grad is not None

@@ -104,17 +104,20 @@ class Edit:
             getattr(self.owner, self.table)[self.key] = value
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Changes:
     """What an operation did to a model.
 
     `model` is the changed model; `changed` and `skipped` say which modules were replaced and which were left
-    alone, by their names before the operation; `notes` is what holds for the model as a whole.
+    alone, by their names before the operation; `notes` is what holds for the model as a whole. `dry_run`: nothing was
+    done, and `changed` says what would have been. `print(changes)` shows all of it.
 
     Example:
         >>> from torch import nn
         >>> import batchnorm
         >>> changes = batchnorm.remove(nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU()))
+        >>> changes
+        Changes(remove: 1 changed, 0 skipped)
         >>> print(changes)
         remove: 1 changed, 0 skipped
           1: torch.nn.BatchNorm1d(8) -> Identity() (0 has a bias)
@@ -127,6 +130,7 @@ class Changes:
     skipped: tuple[Skipped, ...]
     operation: str = ""
     notes: tuple[str, ...] = ()
+    dry_run: bool = False
     _original: Any = field(default=None, repr=False)
     _edits: tuple[Edit, ...] = field(default=(), repr=False)
     _modes: tuple[tuple[nn.Module, nn.Module, bool], ...] = field(default=(), repr=False)
@@ -175,6 +179,7 @@ class Changes:
             "schema_version": SCHEMA_VERSION,
             "kind": "changes",
             "operation": self.operation,
+            "dry_run": self.dry_run,
             "changed": [
                 {
                     "name": c.name,
@@ -210,7 +215,11 @@ class Changes:
         only = sum(change.only_class for change in self.changed)
         counts = [f"{len(self.changed) - only} changed"]
         counts += [f"{only} only given another class"] if only else []
-        return f"{self.operation or 'changes'}: {', '.join(counts)}, {len(self.skipped)} skipped"
+        dry = " (dry run, nothing was changed)" if self.dry_run else ""
+        return f"{self.operation or 'changes'}{dry}: {', '.join(counts)}, {len(self.skipped)} skipped"
+
+    def __repr__(self) -> str:
+        return f"Changes({self._headline()})"
 
     def __str__(self) -> str:
         lines = [self._headline()]

@@ -72,6 +72,7 @@ def command(
         suffix = Path(source).suffix.lower() if ":" not in source or Path(source).is_file() else ""
         if suffix not in _KINDS:
             suffix = ""
+        _check_source(source, suffix)
         _check_targets(source, suffix, output, weights, json)
         changes = _fold(source, suffix, weights, shapes)
         _present(changes, source, output, json)
@@ -82,10 +83,31 @@ def _shape(text: str) -> tuple[int, ...]:
     if not all(part.isdecimal() for part in parts):
         raise InputError(
             message(
-                "--example", got=repr(text), expected="numbers with an x between them", fix="1x3x224x224."
+                "--example",
+                got=repr(text),
+                expected="numbers with an x between them",
+                fix="For example 1x3x224x224.",
             )
         )
     return tuple(int(part) for part in parts)
+
+
+def _check_source(source: str, suffix: str) -> None:
+    from batchnorm.cli._factory import is_spec
+
+    if suffix or is_spec(source):
+        return
+    holds_weights = Path(source).suffix.lower() in (".pt", ".pth", ".ckpt", ".bin", ".safetensors")
+    raise InputError(
+        message(
+            "IN",
+            got=repr(source),
+            expected="a .onnx or a .pt2 file, or MODULE:FACTORY",
+            fix=f"Weights go with the function that makes their model: my_nets:make_net --weights {source}."
+            if holds_weights
+            else "",
+        )
+    )
 
 
 def _check_targets(source: str, suffix: str, output: Path, weights: Path | None, json: str | None) -> None:
@@ -137,12 +159,9 @@ def _fold(source: str, suffix: str, weights: Path | None, shapes: list[tuple[int
     if suffix:
         model: Any = files.load_model(source)
     else:
-        from batchnorm.cli._factory import is_spec, load_model
+        from batchnorm.cli._factory import load_model
         from batchnorm.cli._weights import load_weights
 
-        if not is_spec(source):
-            expected = "a .onnx or a .pt2 file, or MODULE:FACTORY"
-            raise InputError(message("IN", got=repr(source), expected=expected))
         with users_code():
             model = load_model(source, "IN")().eval()
         if weights is not None:
@@ -200,6 +219,7 @@ def document(changes: "Changes", source: str) -> "Document":
     if changes.skipped:
         left = [(each.name, each.reason) for each in changes.skipped]
         sections.append(Section("Left alone", [Table(("batch norm", "why"), left)]))
-    if changes.notes and total:
-        sections.append(Section("Notes", [Paragraph(note) for note in changes.notes]))
+    notes = changes.notes if total else changes.notes[1:]  # the first is the verdict then
+    if notes:
+        sections.append(Section("Notes", [Paragraph(note) for note in notes]))
     return Document(title=f"batchnorm fold {source}", verdict=verdict, sections=sections)

@@ -51,6 +51,7 @@ class Adapted:
         self._pool: Pool | None = None
         self._first, self._eps = -1, 0.0
         self._few_told = self._sorted_told = self._open = False
+        self._few_samples = 0
 
     def __repr__(self) -> str:
         prior = f", prior={self.prior:g}" if self.method == "blend" else ""
@@ -90,8 +91,19 @@ class Adapted:
             self.optimizer.zero_grad(set_to_none=True)
             output = output.detach()
         self.batches += 1
+        self._warn_of_few()
         self._warn_of_stretches()
         return output
+
+    def _warn_of_few(self) -> None:
+        if self._few_told or not self._few_samples:
+            return
+        self._few_told = True
+        warnings.warn(
+            f"batchnorm.adapt: statistics of {self._few_samples} samples are noise more than adaptation; below {_FEW} "
+            "use method='blend'.",
+            stacklevel=3,
+        )
 
     def _warn_of_stretches(self) -> None:
         if self._sorted_told or self.batches % _BLOCKS:
@@ -102,8 +114,8 @@ class Adapted:
             warnings.warn(
                 f"batchnorm.adapt: the batch means scatter {effect:.0f} times as much as those of shuffled data. The "
                 "stream is sorted, by class perhaps, or its origin changes. In batches of one class the batch's own "
-                "statistics take the class away with the mean: shuffle the stream, or use method='blend' with a large "
-                "prior.",
+                "statistics take the class away with the mean: shuffle the stream, or use batchnorm.recalibrate on all "
+                "of it; method='blend' with a large prior loses less.",
                 stacklevel=3,
             )
 
@@ -149,13 +161,8 @@ class Adapted:
                     fix="Use method='blend', which leans on the source's statistics.",
                 )
             )
-        if n < _FEW and not self._few_told:
-            self._few_told = True
-            warnings.warn(
-                f"batchnorm.adapt: statistics of {n} samples are noise more than adaptation; below {_FEW} use "
-                "method='blend'.",
-                stacklevel=3,
-            )
+        if n < _FEW and not self._few_samples:
+            self._few_samples = n  # told at the end of the call, where the user's line is known
 
 
 def adapt(
@@ -196,7 +203,8 @@ def adapt(
         optimizer: for "tent", makes another optimizer than Adam from the list of γ and β.
 
     Returns:
-        A context manager for one `with` block, which gives an Adapted, to be called as the model is.
+        A context manager for a `with` block, which gives an Adapted, to be called as the model is. Each block begins
+        anew.
 
     Raises:
         InputError: an option out of range.
@@ -224,7 +232,34 @@ def adapt(
     found, _ = targets(network, "adapt")
     if method == "tent":
         _affine(found)
-    return _block(network, method, 0.0 if method == "batch" else prior, lr, optimizer)
+    return _Blocks(lambda: _block(network, method, 0.0 if method == "batch" else prior, lr, optimizer))
+
+
+class _Blocks(AbstractContextManager[Adapted]):
+    """What `adapt` gives: every `with` begins another block, and without one there is nothing to call."""
+
+    def __init__(self, begin: Callable[[], AbstractContextManager[Adapted]]) -> None:
+        self._begin = begin
+        self._running: list[AbstractContextManager[Adapted]] = []
+
+    def __enter__(self) -> Adapted:
+        block = self._begin()
+        adapted = block.__enter__()
+        self._running.append(block)
+        return adapted
+
+    def __exit__(self, *error: Any) -> bool | None:
+        return self._running.pop().__exit__(*error)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        raise ModelError(
+            message(
+                "adapt",
+                got="a call without a block",
+                expected="one inside of it",
+                fix="Write `with batchnorm.adapt(model) as adapted:`, and in it adapted(x).",
+            )
+        )
 
 
 @contextmanager

@@ -57,30 +57,46 @@ def call(model: nn.Module, batch: Any, forward: Forward | None, device: torch.de
     if forward is not None:
         forward(model, batch)
     elif isinstance(batch, Mapping):
-        known = _arguments(model)
+        known, needed = _arguments(model)
         wanted = {str(key): value for key, value in batch.items() if known is None or str(key) in known}
+        missing = [name for name in needed if name not in wanted]
+        if missing:
+            raise DataError(_unnamed(batch, missing))
         model(**{key: _moved(value, device) for key, value in wanted.items()})
     elif isinstance(batch, tuple | list) and batch:
         model(_moved(batch[0], device))
     elif isinstance(batch, Tensor):
         model(_moved(batch, device))
     else:
+        how = "Make it a tensor: torch.as_tensor(batch)." if hasattr(batch, "__array__") else ""
         raise DataError(
             message(
                 "batch",
                 got=f"{'an empty' if isinstance(batch, tuple | list) else 'a'} {type(batch).__name__}",
                 expected="a tensor, a tuple or list whose first element is the input, or a dict of keyword arguments",
-                fix="Say how the model is called: forward=lambda model, batch: model(...).",
+                fix=how or "Say how the model is called: forward=lambda model, batch: model(...).",
             )
         )
 
 
-def _arguments(model: nn.Module) -> Container[str] | None:
-    """What the forward can be given by name; None: anything. A batch may hold more, such as labels."""
+def _arguments(model: nn.Module) -> tuple[Container[str] | None, list[str]]:
+    """What the forward can be given by name (None: anything), and what it must. A batch may hold more: labels."""
     parameters = inspect.signature(model.forward).parameters.values()
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    needed = [each.name for each in parameters if each.kind in named and each.default is each.empty]
     if any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters):
-        return None
-    return {each.name for each in parameters}
+        return None, needed
+    return {each.name for each in parameters}, needed
+
+
+def _unnamed(batch: Mapping[Any, Any], missing: list[str]) -> str:
+    keys = [str(key) for key in batch]
+    return message(
+        "batch",
+        got=f"a {type(batch).__name__} of {', '.join(keys) or 'nothing'}",
+        expected=f"the arguments of the model's forward by name, {', '.join(missing)} among them",
+        fix=f"Name them so, or give forward=lambda model, batch: model(batch[{(keys or missing)[0]!r}]).",
+    )
 
 
 def samples_in(batch: Any) -> int | None:

@@ -56,7 +56,12 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     """
     if not isinstance(model, nn.Module):
         raise InputTypeError(
-            message("model", got=type(model).__name__, expected="a torch.nn.Module", fix="Pass one.")
+            message(
+                "model",
+                got=type(model).__name__,
+                expected="a torch.nn.Module",
+                fix="Give the model, not its parameters: what a parameter belongs to decides.",
+            )
         )
     if isinstance(weight_decay, bool) or not isinstance(weight_decay, int | float):
         raise InputTypeError(message("weight_decay", got=type(weight_decay).__name__, expected="a number"))

@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -62,6 +62,12 @@ def merge_statistics(state_dicts: Sequence[Mapping[str, Any]], counts: Sequence[
         (5.599999904632568, 25.3, 25.3)
     """
     states = list(state_dicts)
+    if not isinstance(counts, Iterable):
+        raise InputTypeError(
+            message(
+                "counts", got=f"a {type(counts).__name__}", expected="a list with one for each state dict"
+            )
+        )
     _check(states, list(counts))
     layers = _layers(states[0])
     _check_names(counts, layers)
@@ -179,7 +185,10 @@ def _check_count(count: Any) -> None:
     numbers = list(count.values()) if isinstance(count, Mapping) else [count]
     for number in numbers:
         if isinstance(number, bool) or not isinstance(number, int | float):
-            raise InputTypeError(message("counts", got=f"a {type(number).__name__}", expected="numbers"))
+            fix = "Give counts.tolist()." if isinstance(number, Tensor) else ""
+            raise InputTypeError(
+                message("counts", got=f"a {type(number).__name__}", expected="numbers", fix=fix)
+            )
         if not 0 <= number < math.inf:
             raise InputError(message("counts", got=number, expected="finite numbers ≥ 0"))
 

@@ -82,7 +82,7 @@ class RecalibratedLayer:
         }
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Recalibration:
     """What `recalibrate` did to a model.
 
@@ -217,6 +217,9 @@ class Recalibration:
             )
             for layer in self.layers
         ]
+
+    def __repr__(self) -> str:
+        return f"Recalibration({self.headline})"
 
     def __str__(self) -> str:
         head = ("layer", "mean moved, σ", "std became, ×", "mean known to ±, σ")

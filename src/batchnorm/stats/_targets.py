@@ -12,6 +12,7 @@ from batchnorm._walk import Skipped, Spot, walk
 
 __all__ = ["Target", "bare", "frozen", "targets"]
 
+_BY_FREEZE = "frozen by freeze"
 _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
 
@@ -85,7 +86,7 @@ def frozen(root: nn.Module, layer: _BatchNorm) -> str:
         return "frozen: momentum is 0"
     # `batchnorm.freeze` makes `training` a property of the layer's class, whatever mode the model is in.
     if isinstance(getattr(type(layer), "training", None), property):
-        return "frozen by freeze"
+        return _BY_FREEZE
     if root.training and not layer.training:
         return "frozen: in eval mode while the model is in training mode"
     return ""
@@ -113,9 +114,15 @@ def targets(model: nn.Module, operation: str) -> tuple[tuple[Target, ...], tuple
                 found.append(Target(spot.name, spot.names[1:], layer, mean, var, counter))
     if not found:
         got = "none" if not skipped else "; ".join(f"{s.name or 'model'}: {s.reason}" for s in skipped[:3])
+        by_freeze = any(each.reason == _BY_FREEZE for each in skipped)
         raise ModelError(
             message(
-                f"{operation}: batch norms with running statistics to set", got=got, expected="at least one"
+                f"{operation}: batch norms with running statistics to set",
+                got=got,
+                expected="at least one",
+                fix="Take the freezing back first: batchnorm.unfreeze(model, inplace=True)."
+                if by_freeze
+                else "",
             )
         )
     return tuple(found), tuple(skipped)

@@ -111,6 +111,9 @@ def read(convention: Convention, variables: Any) -> tuple[list[Layer], int]:
                 "variables",
                 got=f"a {type(variables).__name__}",
                 expected="a dictionary from names to arrays, nested or not",
+                fix="For example {variable.name: variable for variable in layer.variables}."
+                if convention.layout == "flat"
+                else "",
             )
         )
     leaves, statistics = _leaves_of(convention, variables), (convention.mean, convention.var)

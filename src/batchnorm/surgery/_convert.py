@@ -1,5 +1,6 @@
 """`convert`: batch norms of one class into those of another."""
 
+import inspect
 import math
 from typing import Any
 
@@ -79,6 +80,7 @@ def convert(
     if dry_run:
         changes.revert()
         changes.model = changes._original = model
+        changes.dry_run = True
     return changes
 
 
@@ -106,6 +108,18 @@ def _template(cls: type[nn.Module], options: dict[str, Any]) -> dict[str, Any]:
         raise InputError(
             message(
                 f"convert: {wrong[0]}", got="an option", expected="what the layers have: it cannot be changed"
+            )
+        )
+    parameters = inspect.signature(cls).parameters.values()
+    known = [each.name for each in parameters if each.name not in _FIXED]
+    anything = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters)
+    unknown = [] if anything else [name for name in options if name not in known]
+    if unknown:
+        raise InputError(
+            message(
+                f"convert: option of {cls.__name__}",
+                got=repr(unknown[0]),
+                expected=f"one of {', '.join(known)}",
             )
         )
     _check_numbers(options)
@@ -143,6 +157,11 @@ def _plan(model: nn.Module, family: Family, only: int, options: dict[str, Any]) 
     )
     if problem and poorer and any(isinstance(spot.module, Extras) for spot in plan.spots):
         plan.note(f"whether layers are called with a residual or a mask was not seen everywhere ({problem})")
+    if options.get("activation") is not None:
+        plan.note(
+            f"every converted layer does {options['activation']!r} now, also where an activation or an addition comes "
+            "behind it: the network is another one. fuse(model) lets each layer take the activation behind it."
+        )
     for spot in plan.spots:
         if not isinstance(spot.module, _NormBase) or not kinds.is_batch_norm(spot.module):
             continue

@@ -40,7 +40,10 @@ def fold_graph(model: Any, example: object, *, inplace: bool) -> Changes:
             found = [] if example is None else _compared_programs(model, changes.model, example)
     changes.notes += tuple(f"on the example, {line}" for line in found)
     if not (changes.changed or changes.skipped):
-        changes.notes = ("the model has no batch norm", *changes.notes)
+        found_none = ["the model has no batch norm"]
+        if is_onnx:
+            found_none.append("exporters such as torch.onnx.export fold it themselves unless told not to")
+        changes.notes = (*found_none, *changes.notes)
     return changes
 
 

@@ -48,8 +48,8 @@ def fuse(model: nn.Module, *, memory: Memory = "keep", inplace: bool = False) ->
 
     What stays between batch norm and activation, and why, is in the notes of `changed`: dropout or anything else
     between the two, an output that goes elsewhere, too, hooks on one of the two, a forward that is another one in
-    training than in evaluation or has optional arguments. `skipped` has the batch norms that were not touched:
-    synchronized and lazy ones, subclasses, parametrized ones.
+    training than in evaluation, has optional arguments or a `with` block (`torch.no_grad()`). `skipped` has the batch
+    norms that were not touched: synchronized and lazy ones, subclasses, parametrized ones.
 
     Where a forward as a whole cannot be traced, its largest parts that can be are fused each by itself, and `notes`
     says so. A sum has the shape and the dtype of the batch norm's output: a residual that is smaller is expanded, a

@@ -121,6 +121,8 @@ def _only_user(node: fx.Node, links: Links) -> tuple[fx.Node | None, str]:
         return None, f"its output goes to {names}"
     if links.traced.through_hooks(node, sinks[0]):
         return None, "its output passes a hook of the module that it stands in"
+    if sinks[0].op != "output" and sinks[0].meta["modes"] != node.meta["modes"]:
+        return None, f"{called(sinks[0], links.traced.module(sinks[0]))} behind it runs in another block"
     return sinks[0], ""
 
 

@@ -1,6 +1,7 @@
 """Files that hold a model: ONNX and `torch.export`. (Weights alone are the command line's: cli/_weights.py.)"""
 
 import io
+import logging
 import os
 import tempfile
 import warnings
@@ -62,14 +63,37 @@ def load_model(path: str | os.PathLike[str]) -> Any:
             if not model.ir_version or not model.graph.output:
                 raise ValueError("it has no graph")
             return model
-        with without_warnings():
-            return torch.export.load(file)
+        return _load_program(file)
     except ImportError:
         raise
     except Exception as error:  # broken files fail in any way
         raise ModelError(
             message(f"model file {file}", got=_told(error), expected=f"a file that holds a {suffix} model")
         ) from error
+
+
+def _load_program(file: Path) -> Any:
+    """The exported program. Why it cannot be read, PyTorch logs with a traceback and does not raise."""
+    logger, reasons = logging.getLogger("torch.export"), _Reasons()
+    before = logger.handlers, logger.propagate
+    logger.handlers, logger.propagate = [reasons], False
+    try:
+        with without_warnings():
+            return torch.export.load(file)
+    except Exception as error:
+        raise (reasons.first or error) from error
+    finally:
+        logger.handlers, logger.propagate = before
+
+
+class _Reasons(logging.Handler):
+    """Keeps the first exception that is logged."""
+
+    first: BaseException | None = None
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if self.first is None and record.exc_info:
+            self.first = record.exc_info[1]
 
 
 def external_files(path: str | os.PathLike[str]) -> list[Path]:

@@ -17,6 +17,7 @@ from torch import fx, nn
 from batchnorm._errors import ModelError, message
 from batchnorm._walk import Changes, Plan, copied, hooks_of, walk
 from batchnorm.surgery import _kinds as kinds
+from batchnorm.surgery._blocks import modes, opens_block
 from batchnorm.surgery._unnormalized import Rows, Unnormalized
 
 __all__ = ["Traced", "Untraceable", "apply_checked", "follow", "optional", "trace", "trace_parts"]
@@ -66,6 +67,11 @@ class _Tracer(fx.Tracer):
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)
 
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        node = super().create_node(*args, **kwargs)
+        node.meta["modes"] = modes()
+        return node
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         unit = kinds.is_producer(m) or kinds.is_norm(m) or kinds.is_activation(m) or kinds.is_passing(m)
         return unit or isinstance(m, Unnormalized | Rows) or super().is_leaf_module(m, module_qualified_name)
@@ -77,6 +83,11 @@ class _LevelTracer(_Tracer):
     def __init__(self, inside: Sequence[str]) -> None:
         super().__init__()
         self.inside = frozenset(inside)
+        self.block = ""
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        self.block = self.block or opens_block()
+        return super().create_node(*args, **kwargs)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return module_qualified_name not in self.inside
@@ -239,7 +250,7 @@ def follow(module: nn.Module, inside: Sequence[str], *, training: bool) -> Trace
 
     Raises:
         Untraceable: it cannot be followed, or does more than the graph could do again: draws random numbers or makes
-            tensors on the way, keeps values, changes attributes.
+            tensors on the way, keeps values, changes attributes, opens `with` blocks or switches gradients off.
     """
     modules = {name: spot.module for spot in walk(module) for name in spot.names}
     scratch = _scratch(module, training)
@@ -247,12 +258,19 @@ def follow(module: nn.Module, inside: Sequence[str], *, training: bool) -> Trace
     try:
         with _undisturbed():
             drawn = _draws()
-            graph = _LevelTracer(inside).trace(scratch)
+            tracer, outside = _LevelTracer(inside), modes()
+            graph = tracer.trace(scratch)
             random_numbers = drawn != _draws()
     except Exception as error:  # forward is any code at all
         raise Untraceable(_first_sentence(error)) from error
     if random_numbers:
         raise Untraceable("it draws random numbers")
+    if tracer.block:
+        raise Untraceable(f"{tracer.block} has a `with` block, which the graph does not show")
+    if any(node.meta["modes"] != outside for node in graph.nodes):
+        raise Untraceable(
+            "a part of it runs without gradients, under autocast or with hooks that it sets itself"
+        )
     if any(_stored(scratch)) or _plain(scratch, inside) != before:
         raise Untraceable("it changes attributes")
     held = {name for name, _ in (*module.named_parameters(remove_duplicate=False),)}
