@@ -1,6 +1,6 @@
 #include "parallel.h"
 
-#include "types.h"
+#include "levels.h"
 
 #include <algorithm>
 #include <atomic>
