@@ -1,5 +1,7 @@
 """`batch_norm`: the argument checks, train and eval, the momentum rule, and the choice of backend and door."""
 
+from typing import Literal, get_args
+
 import torch
 from torch import Tensor
 
@@ -7,7 +9,10 @@ from batchnorm import ops
 from batchnorm._activations import activation_named
 from batchnorm._errors import InputError, InputTypeError, message
 
-__all__ = ["batch_norm", "layer_batch_norm"]
+__all__ = ["SINGLE", "Single", "batch_norm", "layer_batch_norm"]
+
+Single = Literal["error", "running", "zero"]
+SINGLE: tuple[Single, ...] = get_args(Single)
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -27,6 +32,7 @@ def batch_norm(
     residual: Tensor | None = None,
     mask: Tensor | None = None,
     inplace: bool = False,
+    single: Single = "error",
     backend: str | None = None,
 ) -> Tensor:
     r"""Batch normalization, with an activation, a residual and a mask if you like.
@@ -53,6 +59,9 @@ def batch_norm(
         mask: shape (N, *S), or broadcastable to it: True (or a weight, taken as a frequency) where the input is
             valid. The output is 0 where it is not, and what stands there (NaN included) reaches nothing.
         inplace: write y into the memory of `input` and return it; for inference alone: eval mode, without a gradient.
+        single: what to do in training with one value per channel, which has no variance: "error" is PyTorch's rule;
+            "running" normalizes by the running statistics and leaves them alone; "zero" takes the variance for 0, so
+            that x̂ is 0, and running_var stays.
         backend: None for the best one, or a name; `explain_backend` lists them.
 
     Returns:
@@ -101,6 +110,7 @@ def batch_norm(
         backend,
         None,
         inplace,
+        single=single,
     )
 
 
@@ -124,19 +134,27 @@ def layer_batch_norm(
     dimensions: tuple[int, ...] | None = None,
     inplace: bool = False,
     recompute: bool = False,
+    single: Single = "error",
+    policy: ops.Policy | None = None,
 ) -> Tensor:
     """`batch_norm` with what only a layer has: num_batches_tracked, the rule for non-finite statistics, its rank.
 
-    With `recompute` whoever saves the output for its backward is given a recipe instead of it.
+    With `recompute` whoever saves the output for its backward is given a recipe instead of it. In training a `policy`
+    says by which statistics to normalize.
 
     One call, wrapped for torch.fx, so that symbolic tracing sees no control flow and records no update.
     """
     _check_input(input, dimensions)
     activation_named(activation)
-    _check_statistics(input, running_mean, running_var, training, eps, mask)
+    _check_statistics(running_mean, running_var, training, eps)
+    if training and mask is None and (policy is None or policy.local) and _is_single(input):
+        training = _train_single(input, running_mean, single)
     if mask is not None:
         mask = _expand_mask(input, mask)
-    call = ops.call_of(input, training, activation, residual is not None, mask is not None)
+    policy = policy if training else None
+    call = ops.call_of(
+        input, training, activation, residual is not None, mask is not None, policy is not None
+    )
     name = ops.choose(call, backend, not training and ops.is_traced(input))
     if not ops.is_jit_tracing():  # there a size is a tensor, and a check on it is a warning
         _check_per_channel(
@@ -164,7 +182,11 @@ def layer_batch_norm(
         running = None
         if running_mean is not None and running_var is not None:
             running = ops.Running(running_mean, running_var, num_batches_tracked, momentum, skip_nonfinite)
-        output = ops.train(input, weight, bias, residual, mask, running, 1, eps, activation, slope, name)
+        arguments = (input, weight, bias, residual, mask, running)
+        if policy is None:
+            output = ops.train(*arguments, 1, eps, activation, slope, name)
+        else:
+            output = ops.train_by(policy, *arguments, eps, activation, slope, name, ops.is_traced(input))
     if recompute:
         ops.remember(output, input, weight, bias, residual, mask, given, eps, activation, slope, name)
     return output
@@ -255,13 +277,33 @@ def _check_per_channel(input: Tensor, same_dtype: bool, **per_channel: Tensor | 
             )
 
 
+def _is_single(input: Tensor) -> bool:
+    """Whether there is one value per channel."""
+    return not ops.is_jit_tracing() and input.shape[0] * input.shape[2:].numel() == 1
+
+
+def _train_single(input: Tensor, running_mean: Tensor | None, single: Single) -> bool:
+    """Whether one value per channel is to be trained on all the same, as `single` says; else its error."""
+    if single == "zero":
+        return True
+    if single == "running" and running_mean is not None:
+        return False
+    if single not in SINGLE:
+        raise InputError(
+            message("single", got=repr(single), expected=f"one of {', '.join(map(repr, SINGLE))}")
+        )
+    raise InputError(
+        f"Expected more than 1 value per channel when training, got input size {input.shape}. "
+        + (
+            "Use batches of at least 2 (drop_last=True in the DataLoader), or call eval() on the layer."
+            if single == "error"
+            else "single='running' needs running statistics: use a layer with track_running_stats=True."
+        )
+    )
+
+
 def _check_statistics(
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    training: bool,
-    eps: float,
-    mask: Tensor | None,
+    running_mean: Tensor | None, running_var: Tensor | None, training: bool, eps: float
 ) -> None:
     if (running_mean is None) != (running_var is None):
         raise InputError(
@@ -287,11 +329,6 @@ def _check_statistics(
     if eps <= 0:
         raise InputError(
             message("batch_norm eps must be positive during training", got=eps, expected="eps > 0")
-        )
-    if mask is None and not ops.is_jit_tracing() and input.shape[0] * input.shape[2:].numel() == 1:
-        raise InputError(
-            f"Expected more than 1 value per channel when training, got input size {input.shape}. "
-            "Use batches of at least 2 (drop_last=True in the DataLoader), or call eval() on the layer."
         )
 
 

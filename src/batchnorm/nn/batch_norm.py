@@ -11,10 +11,10 @@ from torch.nn import Module
 from batchnorm import ops
 from batchnorm._activations import activation_named
 from batchnorm._errors import InputError, ModelError, message
-from batchnorm.functional import layer_batch_norm
+from batchnorm.functional import SINGLE, Single, layer_batch_norm
 from batchnorm.nn._unscriptable import Unscriptable
 
-__all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "Extras", "Memory", "NonFinite"]
+__all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "Extras", "Memory", "NonFinite", "Sized"]
 
 # torch.fx looks the wrapped function up in the module that calls it.
 torch.fx.wrap("layer_batch_norm")
@@ -42,13 +42,14 @@ class Extras(Unscriptable, _Base):
     It stands before PyTorch's class among the bases, so that `isinstance` holds for both.
     """
 
-    _dimensions: ClassVar[tuple[int, ...]]
+    _dimensions: ClassVar[tuple[int, ...] | None]
     _checks_itself: ClassVar[bool] = False
     # Class-level, so that a layer made by other means (an old pickle, a changed __class__) has them.
     activation: str | None = None
     negative_slope: float = 0.01
     nonfinite: NonFinite = "propagate"
     backend: str | None = None
+    single: Single = "error"
     # Set by `batchnorm.fuse`: whether backward keeps the output or computes it again.
     memory: Memory = "keep"
 
@@ -58,16 +59,26 @@ class Extras(Unscriptable, _Base):
         super().__init_subclass__(**keywords)
 
     def _set_extras(
-        self, activation: str | None, negative_slope: float, nonfinite: NonFinite, backend: str | None
+        self,
+        activation: str | None,
+        negative_slope: float,
+        nonfinite: NonFinite,
+        backend: str | None,
+        single: Single,
     ) -> None:
         activation_named(activation)
         ops.check_name(backend)
         if nonfinite not in ("propagate", "skip"):
             raise InputError(message("nonfinite", got=repr(nonfinite), expected="'propagate' or 'skip'"))
+        if single not in SINGLE:
+            raise InputError(
+                message("single", got=repr(single), expected=f"one of {', '.join(map(repr, SINGLE))}")
+            )
         self.activation = activation
         self.negative_slope = negative_slope
         self.nonfinite = nonfinite
         self.backend = backend
+        self.single = single
         # torch.fx takes a module for a leaf by this attribute. Traced into, the layer would keep the mode that it had
         # when it was traced; pickle looks at the class.
         self.__dict__["__module__"] = torch.nn.BatchNorm1d.__module__
@@ -109,7 +120,13 @@ class Extras(Unscriptable, _Base):
             None if self._checks_itself else self._dimensions,
             inplace,
             self.memory == "recompute",
+            self.single,
+            self._policy() if training else None,
         )
+
+    def _policy(self) -> ops.Policy | None:
+        """What stands between the batch's statistics and their use in training; None for plain batch norm."""
+        return None
 
     def extra_repr(self) -> str:
         """PyTorch's text, and every extra that is not at its default."""
@@ -120,6 +137,8 @@ class Extras(Unscriptable, _Base):
             text += f", negative_slope={self.negative_slope}"
         if self.nonfinite != "propagate":
             text += f", nonfinite={self.nonfinite}"
+        if self.single != "error":
+            text += f", single={self.single}"
         if self.backend is not None:
             text += f", backend={self.backend}"
         if self.memory != "keep":
@@ -140,7 +159,7 @@ class Extras(Unscriptable, _Base):
         return children
 
 
-class _Sized(Extras):
+class Sized(Extras):
     """The constructor of a layer that knows its number of channels."""
 
     def __init__(
@@ -157,15 +176,16 @@ class _Sized(Extras):
         activation: str | None = None,
         negative_slope: float = 0.01,
         nonfinite: NonFinite = "propagate",
+        single: Single = "error",
         backend: str | None = None,
     ) -> None:
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
         if not bias:  # a keyword of PyTorch's own constructor from 2.13 on alone
             self.register_parameter("bias", None)
-        self._set_extras(activation, negative_slope, nonfinite, backend)
+        self._set_extras(activation, negative_slope, nonfinite, backend, single)
 
 
-class BatchNorm1d(_Sized, torch.nn.BatchNorm1d):
+class BatchNorm1d(Sized, torch.nn.BatchNorm1d):
     r"""Batch normalization of (N, C) or (N, C, L) input, with an activation, a residual and a mask if you like.
 
     $$y = \mathrm{act}\left(\frac{x - \mathrm{E}[x]}{\sqrt{\mathrm{Var}[x] + \varepsilon}} \cdot \gamma + \beta +
@@ -191,6 +211,8 @@ class BatchNorm1d(_Sized, torch.nn.BatchNorm1d):
         negative_slope: slope of leaky_relu below 0.
         nonfinite: with "skip", a channel whose batch statistics are NaN or infinite leaves its running statistics
             alone; "propagate" is PyTorch's behaviour, in which one bad batch poisons them for good.
+        single: what training does with one value per channel: "error" (PyTorch's), "running" (the running statistics,
+            which stay), or "zero" (a variance of 0, so that x̂ is 0); see `batch_norm`.
         backend: None for the best one, or one that `batchnorm.explain_backend` lists.
 
     Shape:
@@ -215,7 +237,7 @@ class BatchNorm1d(_Sized, torch.nn.BatchNorm1d):
     _dimensions = (2, 3)
 
 
-class BatchNorm2d(_Sized, torch.nn.BatchNorm2d):
+class BatchNorm2d(Sized, torch.nn.BatchNorm2d):
     r"""Batch normalization of (N, C, H, W) input, with an activation, a residual and a mask if you like.
 
     The formula, the arguments and the errors are those of `BatchNorm1d`; the mean and the variance are over N, H
@@ -235,7 +257,7 @@ class BatchNorm2d(_Sized, torch.nn.BatchNorm2d):
     _dimensions = (4,)
 
 
-class BatchNorm3d(_Sized, torch.nn.BatchNorm3d):
+class BatchNorm3d(Sized, torch.nn.BatchNorm3d):
     r"""Batch normalization of (N, C, D, H, W) input, with an activation, a residual and a mask if you like.
 
     The formula, the arguments and the errors are those of `BatchNorm1d`; the mean and the variance are over N, D, H

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from batchnorm._errors import InputError, message
+from batchnorm.functional import Single
 from batchnorm.nn.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d, Extras, NonFinite
 
 __all__ = ["LazyBatchNorm1d", "LazyBatchNorm2d", "LazyBatchNorm3d"]
@@ -27,6 +28,7 @@ class _Lazy(Extras):
         activation: str | None = None,
         negative_slope: float = 0.01,
         nonfinite: NonFinite = "propagate",
+        single: Single = "error",
         backend: str | None = None,
     ) -> None:
         keywords: dict[str, Any] = {}
@@ -43,7 +45,7 @@ class _Lazy(Extras):
             keywords["bias"] = False
         arguments: Any = (eps, momentum, affine, track_running_stats, device, dtype)
         super().__init__(*arguments, **keywords)
-        self._set_extras(activation, negative_slope, nonfinite, backend)
+        self._set_extras(activation, negative_slope, nonfinite, backend, single)
 
 
 class LazyBatchNorm1d(_Lazy, torch.nn.LazyBatchNorm1d):

@@ -24,6 +24,7 @@ from batchnorm.ops.backends import (
     kernels_of,
 )
 from batchnorm.ops.inplace import check_inplace, normalize_
+from batchnorm.ops.policy import Policy, Statistics, merged, train_by
 from batchnorm.ops.recompute import CAN_SEE, CHAIN, can_recompute, look_behind, look_behind_output, remember
 
 __all__ = [
@@ -33,7 +34,9 @@ __all__ = [
     "BackendChoice",
     "Call",
     "Candidate",
+    "Policy",
     "Running",
+    "Statistics",
     "call_of",
     "can_recompute",
     "check_inplace",
@@ -44,10 +47,12 @@ __all__ = [
     "is_traced",
     "look_behind",
     "look_behind_output",
+    "merged",
     "normalize",
     "normalize_",
     "remember",
     "train",
+    "train_by",
 ]
 
 

@@ -42,6 +42,7 @@ class Call(NamedTuple):
     residual: bool = False
     mask: bool = False
     groups: int = 1
+    policy: bool = False
 
 
 def _eighth(samples: int, channels: int, positions: int) -> int:
@@ -153,6 +154,8 @@ def _aten_refuses(call: Call) -> str | None:
         return "PyTorch's batch norm has no mask"
     if call.groups != 1:
         return "PyTorch's batch norm has no groups"
+    if call.policy:
+        return "PyTorch's batch norm knows no statistics but its own"
     return None
 
 
@@ -228,10 +231,10 @@ def check_name(backend: str | None) -> None:
 
 
 def call_of(
-    input: Tensor, training: bool, activation: str | None, residual: bool, mask: bool, groups: int = 1
+    input: Tensor, training: bool, activation: str | None, residual: bool, mask: bool, policy: bool = False
 ) -> Call:
     """What the choice depends on, read off the arguments."""
-    return Call(input.device.type, input.dtype, training, activation, residual, mask, groups)
+    return Call(input.device.type, input.dtype, training, activation, residual, mask, 1, policy)
 
 
 _chosen: dict[tuple[Call, str | None, bool], str] = {}

@@ -16,7 +16,7 @@ from batchnorm.ops.aten import Running
 from batchnorm.ops.backends import bits_of, kernels_of
 from batchnorm.ops.eager import keep, like, normalize_gradients
 
-__all__ = ["normalize", "train"]
+__all__ = ["Registered", "normalize", "train"]
 
 _ARGUMENTS = "Tensor? weight, Tensor? bias"
 _GIVEN = f"Tensor mean, Tensor invstd, {_ARGUMENTS}"
@@ -148,11 +148,20 @@ def _normalize_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
     ctx.residual_dtype = None if residual is None else residual.dtype
 
 
-class _Registered:
-    """The primitives as registered operators, with the backend bound: what traced backward passes call."""
+class Registered:
+    """The primitives as registered operators, with the backend bound: what traced code calls."""
 
     def __init__(self, backend: str) -> None:
         self.backend = backend
+
+    def moments(self, *args: Any) -> Any:
+        return torch.ops.batchnorm.moments(*args, self.backend)
+
+    def normalize(self, *args: Any) -> Any:
+        return torch.ops.batchnorm.normalize(*args, self.backend)
+
+    def update_running_(self, *args: Any) -> None:
+        torch.ops.batchnorm.update_running_(*args, self.backend)
 
     def grad_sums(self, *args: Any) -> Any:
         return torch.ops.batchnorm.grad_sums(*args, self.backend)
@@ -163,7 +172,7 @@ class _Registered:
 
 def _normalize_backward(ctx: Any, grad_output: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     dx, dweight, dbias, dresidual = normalize_gradients(
-        ctx, grad_output, kernels_of(ctx.backend), _Registered(ctx.backend)
+        ctx, grad_output, kernels_of(ctx.backend), Registered(ctx.backend)
     )
     if dresidual is not None:
         dresidual = dresidual.to(ctx.residual_dtype)
@@ -210,16 +219,8 @@ def train(
         input, weight, bias, residual, mask, groups, eps, activation, slope, backend
     )
     if running is not None:
-        torch.ops.batchnorm.update_running_(
-            running.mean,
-            running.var,
-            running.num_batches_tracked,
-            mean.detach(),
-            var.detach(),
-            count.detach(),
-            running.momentum,
-            running.skip_nonfinite,
-            backend,
+        Registered(backend).update_running_(
+            *running[:3], mean.detach(), var.detach(), count.detach(), *running[3:]
         )
     return output  # type: ignore[no-any-return]
 
@@ -237,6 +238,6 @@ def normalize(
     backend: str,
 ) -> Tensor:
     """What `eager.Normalize` does, in registered operators."""
-    return torch.ops.batchnorm.normalize(  # type: ignore[no-any-return]
-        input, mean, invstd, weight, bias, residual, mask, activation, slope, backend
+    return Registered(backend).normalize(  # type: ignore[no-any-return]
+        input, mean, invstd, weight, bias, residual, mask, activation, slope
     )[0]

@@ -1,0 +1,1 @@
+"""The statistics policies of the family's members."""
