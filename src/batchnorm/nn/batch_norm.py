@@ -106,19 +106,20 @@ class Extras(Unscriptable, _Base):
         if self._checks_itself:
             self._check_input_dim(input)  # type: ignore[no-untyped-call]
         training, tracking = self.training, self.track_running_stats
+        parameters, buffers = self._parameters, self._buffers
         running_mean = running_var = counter = None
         if not training or tracking:
-            running_mean = _own(self._buffers, "running_mean", self)
-            running_var = _own(self._buffers, "running_var", self)
+            running_mean = _own(buffers, "running_mean", self)
+            running_var = _own(buffers, "running_var", self)
         if training and tracking:
-            counter = _own(self._buffers, "num_batches_tracked", self)
+            counter = _own(buffers, "num_batches_tracked", self)
         return layer_batch_norm(
             input,
             running_mean,
             running_var,
             counter,
-            _own(self._parameters, "weight", self),
-            _own(self._parameters, "bias", self),
+            _own(parameters, "weight", self),
+            _own(parameters, "bias", self),
             training or (running_mean is None and running_var is None),
             self.momentum,
             self.eps,
