@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from batchnorm._errors import InputTypeError, ModelError, message
+from batchnorm._errors import InputError, InputTypeError, ModelError, message
 from batchnorm.functional import check_call
 from batchnorm.nn.member import Member
 from batchnorm.ops import is_traced
@@ -30,8 +30,8 @@ class _Held:
 class VirtualBatchNorm(Member):
     r"""Batch normalization by a reference batch and the sample itself, so that samples do not depend on one another.
 
-    $$y = \mathrm{act}\left(\frac{x - \mu}{\sqrt{\sigma^2 + \varepsilon}} \cdot \gamma + \beta + \mathrm{residual}\right),
-    \qquad \mu = \frac{k\,\mu_r + \mu_x}{k + 1}, \qquad
+    $$y = \mathrm{act}\left(\frac{x - \mu}{\sqrt{\sigma^2 + \varepsilon}} \cdot \gamma + \beta +
+    \mathrm{residual}\right), \qquad \mu = \frac{k\,\mu_r + \mu_x}{k + 1}, \qquad
     \sigma^2 = \frac{k\,\sigma_r^2 + \sigma_x^2}{k + 1} + \frac{k\,(\mu_x - \mu_r)^2}{(k + 1)^2}$$
 
     μ_r and σ_r² are those of a reference batch of k samples, chosen once and kept; μ_x and σ_x² are those of the sample
@@ -88,7 +88,7 @@ class VirtualBatchNorm(Member):
         >>> with batchnorm.reference_batch(layer):
         ...     _ = layer(torch.randn(16, 3, 8, 8))
         >>> x = torch.randn(4, 3, 8, 8)
-        >>> torch.equal(layer(x)[:1], layer(x[:1]))
+        >>> torch.allclose(layer(x)[:1], layer(x[:1]))
         True
     """
 
@@ -122,7 +122,8 @@ class VirtualBatchNorm(Member):
             negative_slope=negative_slope,
         )
 
-    def forward(  # type: ignore[override] - in place, the input would be overwritten by operators that need it
+    # Without `inplace`: the operators here need the input again.
+    def forward(  # type: ignore[override]
         self, input: Tensor, residual: Tensor | None = None, mask: Tensor | None = None
     ) -> Tensor:
         """y = act(virtual batch norm(input) + residual); see the class."""
@@ -138,23 +139,30 @@ class VirtualBatchNorm(Member):
         )
         with torch.autocast(input.device.type, enabled=False):
             if self._open:
-                if self._seen is not None:
-                    raise ModelError(
-                        message(
-                            f"VirtualBatchNorm({self.num_features}) in one reference pass",
-                            got="a second call",
-                            expected="one: its reference is that of one batch at one depth",
-                            fix="Run the whole reference as one batch, and give every depth a layer of its own.",
-                        )
-                    )
+                self._check_pass(input)
                 z, found = by_own(input, mask, self.weight, self.bias, self.eps)
                 self._seen = found
             else:
                 z = by_reference(input, mask, self._reference(input), self.weight, self.bias, self.eps)
             return finish(z, input, residual, mask, self.activation, self.negative_slope)
 
+    def _check_pass(self, input: Tensor) -> None:
+        what = f"VirtualBatchNorm({self.num_features}) in one reference pass"
+        if self._seen is not None:
+            raise ModelError(
+                message(
+                    what,
+                    got="a second call",
+                    expected="one: its reference is that of one batch at one depth",
+                    fix="Run the whole reference as one batch, and give every depth a layer of its own.",
+                )
+            )
+        if input.numel() == 0:
+            raise InputError(message(what, got="an empty batch", expected="samples to normalize by"))
+
     def _reference(self, input: Tensor) -> Reference:
-        if self._held is not None and self._held.reference is not None:
+        # An exported program has the buffers, and no graph.
+        if self._held is not None and self._held.reference is not None and not torch.compiler.is_exporting():
             return self._held.reference
         mean, var, counter = self.running_mean, self.running_var, self.num_batches_tracked
         if mean is None or var is None or counter is None:
@@ -180,11 +188,11 @@ class VirtualBatchNorm(Member):
                 self.running_mean.copy_(seen.mean)
                 self.running_var.copy_(seen.var)
                 if self.num_batches_tracked is not None:
-                    self.num_batches_tracked.copy_(seen.count)
+                    self.num_batches_tracked.copy_(seen.samples)
         self._is_known = False
         self._held = None
         if not self._graph or not seen.mean.requires_grad:
-            seen = Reference(seen.mean.detach(), seen.var.detach(), seen.count)
+            seen = Reference(seen.mean.detach(), seen.var.detach(), seen.samples)
             if self.running_mean is None:
                 self._held = _Held(seen)
         else:
@@ -201,7 +209,7 @@ class VirtualBatchNorm(Member):
     def _apply(self, *arguments: Any, **keywords: Any) -> Any:
         # On another device, or of another dtype, the reference is what the buffers say.
         self._forget()
-        return super()._apply(*arguments, **keywords)
+        return super()._apply(*arguments, **keywords)  # type: ignore[no-untyped-call]
 
     def _load_from_state_dict(self, *arguments: Any, **keywords: Any) -> None:
         self._forget()
@@ -273,7 +281,10 @@ def reference_batch(model: nn.Module, *, graph: bool = True) -> Iterator[None]:
         if layers and all(layer._seen is None for layer in layers):
             raise ModelError(
                 message(
-                    what, got="none called", expected="a reference batch", fix="Call the model inside the block."
+                    what,
+                    got="none called",
+                    expected="a reference batch",
+                    fix="Call the model inside the block.",
                 )
             )
         for layer in layers:

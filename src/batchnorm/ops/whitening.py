@@ -166,9 +166,7 @@ class Whitening:
         return W @ x if self.bias is None else torch.baddbmm(self.bias.to(x.dtype).reshape(shape), W, x)
 
 
-def whiten(
-    input: Tensor, mask: Tensor | None, whitening: Whitening
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def whiten(input: Tensor, mask: Tensor | None, whitening: Whitening) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """By the batch's own statistics: (z, mean (C,), covariance (G, g, g), count ())."""
     wide = statistics_dtype(input)
     x = to_rows(input, whitening.groups)
@@ -200,6 +198,7 @@ def update_running_(
     mean: Tensor,
     covariance: Tensor,
     n: Tensor,
+    *,
     skip_nonfinite: bool,
 ) -> None:
     """running ← running + momentum·(batch − running), with the unbiased covariance, n / (n − 1) of the batch's.
