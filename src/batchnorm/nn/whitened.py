@@ -33,11 +33,11 @@ class WhitenedBatchNorm(Unscriptable, nn.Module):
     one channel this is batch norm. Of all matrices that whiten, this symmetric one (ZCA) changes x least, and does
     not turn from batch to batch as principal axes do. Gradients go through μ and W.
 
-    - `method="zca"` takes the inverse root by eigenvectors, exactly. Its gradient is finite at equal eigenvalues,
-    where that of `torch.linalg.eigh` is not, and can be differentiated again. - `method="newton"` takes `iterations`
-    steps of Newton's iteration on Σ / trace: products only. Directions with eigenvalues far below the trace are
-    whitened in part, which is what keeps it calm where the batch says little of them: more iterations come closer to
-    ZCA.
+    - `method="zca"` takes the inverse root by eigenvectors, exactly. Its gradient is finite at equal eigenvalues, where
+      that of `torch.linalg.eigh` is not, and can be differentiated again.
+    - `method="newton"` takes `iterations` steps of Newton's iteration on Σ / trace: products only. Directions with
+      eigenvalues far below the trace are whitened in part, which is what keeps it calm where the batch says little of
+      them: more iterations come closer to ZCA.
 
     For networks whose channels are strongly correlated, where it conditions the optimization better than the scaling
     of batch norm alone; for whitening features (self-supervised learning, where it keeps them from collapsing).
@@ -63,16 +63,23 @@ class WhitenedBatchNorm(Unscriptable, nn.Module):
     `running_var` becomes the diagonal, and eval with "zca" is then that batch norm's. The other way is refused by
     `load_state_dict`.
 
-    Args: num_features: C, the channels of the input. eps: ε, added to the diagonal of Σ. momentum: weight of the new
-    batch in the running statistics; None for the plain average over all batches. affine: learn γ (`weight`) and β
-    (`bias`), one a channel. track_running_stats: keep running statistics; without them eval uses the batch's, too.
-    device: where parameters and buffers live. dtype: of parameters and buffers. method: "zca" or "newton".
-    group_size: g, the channels that are whitened together, a divisor of C; None for 16, or C if that is smaller.
-    iterations: Newton's steps. bias: learn β; without it β is 0. activation: None, "relu", "relu6", "leaky_relu",
-    "silu", "hardswish" or "gelu". negative_slope: slope of leaky_relu below 0. nonfinite: with "skip", a group whose
-    batch statistics are NaN or infinite leaves its running statistics alone; with "propagate" one bad batch poisons
-    them for good. single: what training does with one value per channel: "error", "running" or "zero", as in
-    `batch_norm`.
+    Args:
+        num_features: C, the channels of the input.
+        eps: ε, added to the diagonal of Σ.
+        momentum: weight of the new batch in the running statistics; None for the plain average over all batches.
+        affine: learn γ (`weight`) and β (`bias`), one a channel.
+        track_running_stats: keep running statistics; without them eval uses the batch's, too.
+        device: where parameters and buffers live.
+        dtype: of parameters and buffers.
+        method: "zca" or "newton".
+        group_size: g, the channels that are whitened together, a divisor of C; None for 16, or C if that is smaller.
+        iterations: Newton's steps.
+        bias: learn β; without it β is 0.
+        activation: None, "relu", "relu6", "leaky_relu", "silu", "hardswish" or "gelu".
+        negative_slope: slope of leaky_relu below 0.
+        nonfinite: with "skip", a group whose batch statistics are NaN or infinite leaves its running statistics alone;
+            with "propagate" one bad batch poisons them for good.
+        single: what training does with one value per channel: "error", "running" or "zero", as in `batch_norm`.
 
     Shape:
         input and `residual`: (N, C, *S). `mask`: (N, *S), or what broadcasts to it: True, or a weight taken as a

@@ -128,14 +128,20 @@ class _InverseRoot(torch.autograd.Function):
 
 
 def _newton(covariance: Tensor, eps: float, iterations: int) -> Tensor:
-    """W ≈ (Σ + εI)^{-1/2} by P ← (3P − P³·S) / 2 with S = (Σ + εI) / tr, and W = P / √tr."""
+    """W ≈ (Σ + εI)^{-1/2}: P ← (3P − P³·S) / 2 from P = I with S = (Σ + εI) / trace, and W = P / √trace.
+
+    Computed with Q = P·S beside it, P ← T·P and Q ← Q·T with T = (3I − P·Q) / 2: the same steps, but what rounding adds
+    does not grow. Written as above it grows from step to step once W has converged: 30 steps ended in NaN.
+    """
     identity = torch.eye(covariance.shape[-1], dtype=covariance.dtype, device=covariance.device)
     regular = covariance + eps * identity
     trace = regular.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
-    scaled = regular / trace
-    P = (3 * identity - scaled) / 2
+    Q = regular / trace
+    P = step = (3 * identity - Q) / 2
     for _ in range(iterations - 1):
-        P = (3 * P - P @ P @ P @ scaled) / 2
+        Q = Q @ step
+        step = (3 * identity - P @ Q) / 2
+        P = step @ P
     return P * trace.rsqrt()
 
 
