@@ -135,7 +135,7 @@ def _newton(covariance: Tensor, eps: float, iterations: int) -> Tensor:
     """
     identity = torch.eye(covariance.shape[-1], dtype=covariance.dtype, device=covariance.device)
     regular = covariance + eps * identity
-    trace = regular.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
+    trace = (regular * identity).sum((-2, -1), keepdim=True)
     Q = regular / trace
     P = step = (3 * identity - Q) / 2
     for _ in range(iterations - 1):
