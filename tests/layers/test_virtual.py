@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 import batchnorm
 from batchnorm import InputError, InputTypeError, ModelError, VirtualBatchNorm, reference_batch
+from batchnorm.ops.composed import centered
 
 NAN = float("nan")
 F64 = torch.float64
@@ -172,9 +173,19 @@ def test_offsets_cost_no_digits() -> None:
         assert ((mine - right).abs().max() / right.abs().max()).item() < 1e-6
 
 
+def test_centered_rows_are_those_of_the_valid_entries() -> None:
+    x, w = torch.randn(3, 2, 4, dtype=F64, requires_grad=True), torch.tensor([[[0, 2, 1, 0.5]]], dtype=F64)
+    for dims in ((2,), (0, 2)):
+        n = w.expand(3, 1, 4).sum(dims, keepdim=True)
+        assert gradcheck(lambda x, dims=dims, n=n: centered(x, w.expand(3, 1, 4), n, dims), (x,))
+        deviation, mean = centered(x, w.expand(3, 1, 4), n, dims)
+        torch.testing.assert_close(mean, (x * w).sum(dims, keepdim=True) / n)
+        torch.testing.assert_close(deviation, (x - mean) * (w > 0))
+
+
 @pytest.mark.parametrize("kind", [torch.bool, F64], ids=str)
 def test_mask_equals_the_valid_positions(kind: torch.dtype) -> None:
-    layer, twin = made(activation="relu"), made(activation="relu")
+    layer, twin = made(activation="silu"), made(activation="silu")
     twin.load_state_dict(layer.state_dict())
     lengths, others = [4, 0, 1, 6], [5, 6, 0]
     mask, other = (torch.arange(6) < torch.tensor(each)[:, None] for each in (lengths, others))

@@ -141,10 +141,23 @@ def test_what_makes_the_buffers_count() -> None:
     net.load_state_dict(fresh.state_dict())
     torch.testing.assert_close(net(x), fresh(x))
     net.load_state_dict(stale)
-    assert net.double()(x.double()).dtype == torch.float64
+    with reference_batch(net):
+        net(images(6))
+    assert net[1]._held is not None
+    assert net.double()[1]._held is None  # its tensors are not moved with the buffers
+    assert net(x.double()).dtype == torch.float64
     net[1].reset_running_stats()
     with pytest.raises(ModelError, match=r"VirtualBatchNorm.*no reference batch"):
         net(x.double())
+
+
+def test_a_new_reference_leaves_earlier_calls_alone() -> None:
+    layer, dy = shown(VirtualBatchNorm(3, dtype=torch.float64), torch.randn(6, 3)), torch.randn(2, 3)
+    x = leaf(torch.randn(2, 3, dtype=torch.float64))
+    (expected,) = torch.autograd.grad(layer(x), x, dy.double())
+    y = layer(x)
+    shown(layer, torch.randn(6, 3))
+    assert same_bits(torch.autograd.grad(y, x, dy.double())[0], expected)
 
 
 def test_an_exception_leaves_the_old_reference() -> None:
@@ -198,6 +211,13 @@ def test_convert_there_and_back() -> None:
         fresh(torch.randn(2, 3))
     shown(fresh, torch.randn(8, 3))
     assert fresh(torch.randn(1, 3)).shape == (1, 3)
+    for graph in (True, False):
+        a = leaf(torch.randn(8, 3))
+        with reference_batch(fresh, graph=graph):
+            fresh(a)
+        y = fresh(torch.randn(2, 3))
+        (da,) = torch.autograd.grad(y, a, torch.randn(2, 3), allow_unused=True)
+        assert (da is not None) is graph
 
 
 def test_what_tools_do_with_it() -> None:

@@ -124,7 +124,7 @@ def test_mask_equals_the_compressed_entries_with_nan_under_zero(training: bool, 
     hole = ~valid.unsqueeze(1).expand(6, 6, 7)
     x, r, dy = (correlated(6, 6, 7).masked_fill(hole, NAN) for _ in range(3))
     results = []
-    layer = made(method=method, activation="relu")
+    layer = made(method=method, activation="silu")
     for compress in (False, True):
         twin = copy.deepcopy(layer).train(training)
         a, b, g = (leaf(t.movedim(1, -1)[valid] if compress else t) for t in (x, r, dy))
@@ -167,6 +167,10 @@ def test_momentum_none_averages_the_unbiased_covariances_and_eval_uses_them(meth
     torch.testing.assert_close(y, (x - mean) @ W * layer.weight + layer.bias)
     torch.testing.assert_close(torch.autograd.grad(y, x, dy)[0], (dy * layer.weight) @ W)
     assert all(same_bits(a, b) for a, b in zip(before, layer.buffers(), strict=True))
+    # Training moves the buffers between an eval call and its backward.
+    y = layer(x)
+    layer.train()(batches[1])
+    torch.testing.assert_close(torch.autograd.grad(y, x, dy)[0], (dy * layer.weight) @ W)
 
 
 def test_without_tracking_eval_uses_the_batch() -> None:
@@ -246,7 +250,10 @@ def test_nan_poisons_its_group_alone(method: str) -> None:
     propagating(dirty)
     assert propagating.running_cov[0].isnan().any()
     assert propagating.running_cov[1].isfinite().all()
-    propagating.eval()(clean)  # LAPACK refuses NaN
+    assert propagating.eval()(clean)[:, :3].isnan().all()  # LAPACK refuses NaN
+    overflown = made(method=method)
+    overflown.running_cov[0].fill_(torch.inf)
+    assert overflown.eval()(clean)[:, :3].isnan().all()
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])

@@ -137,14 +137,13 @@ class VirtualBatchNorm(Member):
             bias=self.bias,
             running_mean=self.running_mean,
         )
-        with torch.autocast(input.device.type, enabled=False):
-            if self._open:
-                self._check_pass(input)
-                z, found = by_own(input, mask, self.weight, self.bias, self.eps)
-                self._seen = found
-            else:
-                z = by_reference(input, mask, self._reference(input), self.weight, self.bias, self.eps)
-            return finish(z, input, residual, mask, self.activation, self.negative_slope)
+        if self._open:
+            self._check_pass(input)
+            z, found = by_own(input, mask, self.weight, self.bias, self.eps)
+            self._seen = found
+        else:
+            z = by_reference(input, mask, self._reference(input), self.weight, self.bias, self.eps)
+        return finish(z, input, residual, mask, self.activation, self.negative_slope)
 
     def _check_pass(self, input: Tensor) -> None:
         what = f"VirtualBatchNorm({self.num_features}) in one reference pass"
@@ -175,8 +174,7 @@ class VirtualBatchNorm(Member):
             else:
                 raise _without_reference(self)
         wide = statistics_dtype(input)
-        # Copies: the next reference may move the buffers before the backward of this call.
-        return Reference(mean.to(wide, copy=True), var.to(wide, copy=True), counter.to(wide))
+        return Reference(mean.to(wide), var.to(wide), counter.to(wide))
 
     def _take(self) -> None:
         """Make what was seen in the reference pass the reference."""

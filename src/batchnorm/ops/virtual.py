@@ -31,8 +31,8 @@ def _see(input: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
     return x, None if mask is None else mask.to(statistics_dtype(input)).reshape(batch, 1, positions)
 
 
-def _moments(x: Tensor, w: Tensor | None, dims: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x − μ, μ, the biased variance and the count of values, over `dims`."""
+def _moments(x: Tensor, w: Tensor | None, dims: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    """x − μ, μ and the biased variance, over `dims`."""
     wide = statistics_dtype(x)
     if w is None:
         values = 1
@@ -44,7 +44,7 @@ def _moments(x: Tensor, w: Tensor | None, dims: tuple[int, ...]) -> tuple[Tensor
     deviation, mean = centered(x, w, n, dims)
     square = deviation.square()
     var = per_one((square if w is None else square * w).sum(dims, keepdim=True, dtype=wide), n)
-    return deviation, mean, var, n
+    return deviation, mean, var
 
 
 def _affine(
@@ -72,7 +72,7 @@ def by_own(
 ) -> tuple[Tensor, Reference]:
     """The reference batch by its own statistics, as batch norm does it, and those statistics with their graph."""
     x, w = _see(input, mask)
-    deviation, mean, var, _ = _moments(x, w, (0, 2))
+    deviation, mean, var = _moments(x, w, (0, 2))
     z = _affine(deviation, None, var, weight, bias, eps).reshape(input.shape)
     if w is None:
         samples = torch.full((), torch.sym_float(x.shape[0]), dtype=mean.dtype, device=x.device)
@@ -94,8 +94,8 @@ def by_reference(
     μ = μ_r + s·δ,    σ² = (1 − s)·σ_r² + s·σ_x² + s·(1 − s)·δ²,    x − μ = (x − μ_x) + (1 − s)·δ.
     """
     x, w = _see(input, mask)
-    deviation, mean, own, n = _moments(x, w, (2,))
-    share = (n > 0) / (reference.samples + 1)
+    deviation, mean, own = _moments(x, w, (2,))
+    share = 1 / (reference.samples + 1)
     rest = 1 - share
     delta = mean - reference.mean.reshape(1, -1, 1)
     var = rest * reference.var.reshape(1, -1, 1) + share * own + share * rest * delta.square()

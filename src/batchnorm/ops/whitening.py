@@ -191,9 +191,8 @@ def whiten_by(
     x = to_rows(input, whitening.groups)
     if mask is not None:
         x = torch.where(mask.reshape(1, 1, x.shape[2]) > 0, x, 0.0)
-    # Copies: training may move the buffers before the backward of this call.
-    mean, covariance = mean.to(wide, copy=True), covariance.to(wide, copy=True)
-    return from_rows(whitening.apply(less(x, mean.reshape(*x.shape[:2], 1)), covariance), input)
+    x = less(x, mean.to(wide).reshape(*x.shape[:2], 1))
+    return from_rows(whitening.apply(x, covariance.to(wide)), input)
 
 
 def update_running_(
