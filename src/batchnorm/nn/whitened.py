@@ -46,10 +46,10 @@ class WhitenedBatchNorm(Unscriptable, nn.Module):
     batch, whitened exactly, is the same simplex: nothing but a rotation is left of the input (a warning says so).
     With 10·g values of white noise the eigenvalues of Σ still reach from 0.5 to 1.7. Wrong, too, where its price
     matters: the products take O(N·S·C·g), those for Σ in float64, the root O(C·g²). A training step of 32 × 64 × 28²
-    on one CPU thread takes 4 times that of `BatchNorm2d` with a group size of 16, and 6.6 times with 64.
+    on one CPU thread takes 4 to 5 times that of `BatchNorm2d` with a group size of 16, and 7 times with 64.
 
     In eval the running statistics are used. IterNorm averages W; this layer averages the covariance, of which W is
-    computed in every eval call (0.1 ms for 64 channels, so nothing is cached that could go stale). The mean of
+    computed in every eval call (0.1 ms for 64 channels, 2 ms for 2048, so nothing is cached that could go stale). The mean of
     Σ^{-1/2} over batches is not that of the data: small batches make it too large, by Jensen's inequality. The mean
     of unbiased covariances is right for batches of every size, and ε or the method can be changed afterwards.
 

@@ -33,7 +33,7 @@ class _Covariance(torch.autograd.Function):
 
     The directions of little variance are what whitening enlarges, so they must not be rounding. Measured, 16 channels
     with eigenvalues of 1 and 10⁻⁵, 25,000 values: sums of float32 cost 2e-3 of the output, of float64 1.5e-5, which is
-    what the rounding of the output's own products costs. float32 would save 3 ms of 15 (32 × 64 × 28², one thread).
+    what the rounding of the output's own products costs. float32 would save a tenth of a training step's time.
     """
 
     generate_vmap_rule = True
