@@ -49,9 +49,9 @@ class WhitenedBatchNorm(Unscriptable, nn.Module):
     on one CPU thread takes 4 to 5 times that of `BatchNorm2d` with a group size of 16, and 7 times with 64.
 
     In eval the running statistics are used. IterNorm averages W; this layer averages the covariance, of which W is
-    computed in every eval call (0.1 ms for 64 channels, 2 ms for 2048, so nothing is cached that could go stale). The mean of
-    Σ^{-1/2} over batches is not that of the data: small batches make it too large, by Jensen's inequality. The mean
-    of unbiased covariances is right for batches of every size, and ε or the method can be changed afterwards.
+    computed in every eval call (0.1 ms for 64 channels, 2 ms for 2048, so nothing is cached that could go stale). The
+    mean of Σ^{-1/2} over batches is not that of the data: small batches make it too large, by Jensen's inequality. The
+    mean of unbiased covariances is right for batches of every size, and ε or the method can be changed afterwards.
 
     It is no `torch.nn.modules.batchnorm._BatchNorm`, because tools that ask for one take `running_var` for all there
     is to the statistics: `fold`, `fuse`, `freeze`, `recalibrate`, `convert` and PyTorch's `update_bn` leave it alone;
