@@ -55,8 +55,8 @@ class VirtualBatchNorm(Member):
     that is not like the data, and with activation checkpointing, which would run parts of the reference pass again.
     A large reference makes it the frozen batch norm of `freeze`, a small one makes results depend on its choice.
 
-    `fold`, `fuse`, `recalibrate` and `remove` leave the layer alone, because it is no fixed affine map. `freeze` keeps its
-    reference as it is. A layer must be called once in a reference pass, not several times at different depths.
+    `fold`, `fuse`, `recalibrate` and `remove` leave the layer alone, because it is no fixed affine map. `freeze` keeps
+    its reference as it is. A layer must be called once in a reference pass, not several times at different depths.
 
     Args:
         num_features: C, the channels of the input.
