@@ -32,6 +32,8 @@ _HOME = {
     "Recalibration": "stats",
     "Trace": "explain",
     "Translation": "stats",
+    "VirtualBatchNorm": "nn",
+    "WhitenedBatchNorm": "nn",
     "absorb_bias": "surgery",
     "adapt": "stats",
     "averaged": "stats",
@@ -47,6 +49,7 @@ _HOME = {
     "merge_statistics": "stats",
     "parameter_groups": "stats",
     "recalibrate": "stats",
+    "reference_batch": "nn",
     "remove": "surgery",
     "to_framework": "stats",
     "trace": "explain",
@@ -78,6 +81,9 @@ if TYPE_CHECKING:
     from batchnorm.nn import LazyBatchNorm1d as LazyBatchNorm1d
     from batchnorm.nn import LazyBatchNorm2d as LazyBatchNorm2d
     from batchnorm.nn import LazyBatchNorm3d as LazyBatchNorm3d
+    from batchnorm.nn import VirtualBatchNorm as VirtualBatchNorm
+    from batchnorm.nn import WhitenedBatchNorm as WhitenedBatchNorm
+    from batchnorm.nn import reference_batch as reference_batch
     from batchnorm.ops import explain_backend as explain_backend
     from batchnorm.stats import Adapted as Adapted
     from batchnorm.stats import Averaged as Averaged

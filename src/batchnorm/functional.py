@@ -9,7 +9,7 @@ from batchnorm import ops
 from batchnorm._activations import activation_named
 from batchnorm._errors import InputError, InputTypeError, message
 
-__all__ = ["SINGLE", "Single", "batch_norm", "layer_batch_norm"]
+__all__ = ["SINGLE", "Single", "batch_norm", "check_call", "layer_batch_norm"]
 
 Single = Literal["error", "running", "zero"]
 SINGLE: tuple[Single, ...] = get_args(Single)
@@ -406,3 +406,26 @@ def _holds_values(mask: Tensor) -> bool:
         and not torch._C._are_functorch_transforms_active()
         and torch._C._len_torch_dispatch_stack() == 0
     )
+
+
+def check_call(
+    input: Tensor,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    training: bool,
+    single: Single,
+    **per_channel: Tensor | None,
+) -> tuple[Tensor | None, bool]:
+    """The checks of `layer_batch_norm` for a layer that composes PyTorch's own operators.
+
+    Returns:
+        The mask as (N, *S), and whether to train: not on one value per channel if `single` says so.
+    """
+    _check_input(input, None)
+    if not ops.is_jit_tracing():
+        _check_per_channel(input, False, **per_channel)
+        if residual is not None:
+            _check_residual(input, residual)
+    if training and mask is None and _is_single(input):
+        training = _train_single(input, per_channel.get("running_mean"), single)
+    return None if mask is None else _expand_mask(input, mask), training

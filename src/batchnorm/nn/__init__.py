@@ -8,6 +8,9 @@ from batchnorm.nn.lazy import LazyBatchNorm1d as LazyBatchNorm1d
 from batchnorm.nn.lazy import LazyBatchNorm2d as LazyBatchNorm2d
 from batchnorm.nn.lazy import LazyBatchNorm3d as LazyBatchNorm3d
 from batchnorm.nn.renorm import BatchRenorm as BatchRenorm
+from batchnorm.nn.virtual import VirtualBatchNorm as VirtualBatchNorm
+from batchnorm.nn.virtual import reference_batch as reference_batch
+from batchnorm.nn.whitened import WhitenedBatchNorm as WhitenedBatchNorm
 
 __all__ = [
     "BatchNorm1d",
@@ -18,4 +21,7 @@ __all__ = [
     "LazyBatchNorm1d",
     "LazyBatchNorm2d",
     "LazyBatchNorm3d",
+    "VirtualBatchNorm",
+    "WhitenedBatchNorm",
+    "reference_batch",
 ]

@@ -9,6 +9,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 
 from batchnorm._errors import InputTypeError, ModelError, message
 from batchnorm._walk import Skipped, Spot, walk
+from batchnorm.nn import VirtualBatchNorm
 
 __all__ = ["Target", "bare", "frozen", "targets"]
 
@@ -80,6 +81,8 @@ def frozen(root: nn.Module, layer: _BatchNorm) -> str:
     """Why the running statistics of this layer are not to be moved; "" if they are."""
     if layer.running_mean is None or layer.running_var is None:
         return "it has no running statistics"
+    if isinstance(layer, VirtualBatchNorm):
+        return "frozen: its statistics are those of its reference batch"
     if not layer.track_running_stats:
         return "frozen: track_running_stats is False"
     if layer.momentum == 0.0:
