@@ -148,6 +148,11 @@ def test_symbolic_tracing_takes_it_for_a_leaf(make: Make) -> None:
     assert same_bits(traced(x), fresh(make)(x))
 
 
+def test_pytorchs_conversion_is_refused(make: Make) -> None:
+    with pytest.raises(batchnorm.ModelError, match=r"convert_sync_batchnorm would drop what a \w+ does"):
+        nn.SyncBatchNorm.convert_sync_batchnorm(nn.Sequential(make(3)))
+
+
 def test_one_value_per_channel(make: Make) -> None:
     with pytest.raises(ValueError, match="more than 1 value per channel"):
         fresh(make)(torch.randn(1, 3))

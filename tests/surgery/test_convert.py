@@ -95,7 +95,7 @@ def test_targets() -> None:
     assert names(changes) == ["1"]
     assert "another number of axes" in reasons(changes)["0"]
     for wrong in ("bn", nn.Linear, batchnorm.LazyBatchNorm1d):
-        with pytest.raises(batchnorm.InputError, match="'batchnorm', 'torch', 'torch-sync'"):
+        with pytest.raises(batchnorm.InputError, match="one of 'batchnorm', .*'ghost', .*'torch', 'torch-sync'"):
             batchnorm.convert(model, wrong)
     with pytest.raises(batchnorm.InputTypeError):
         batchnorm.convert(model, 3)
@@ -182,7 +182,7 @@ def test_dry_run() -> None:
 
 
 def test_an_option_that_is_misspelled() -> None:
-    known = "expected one of eps, momentum, activation, negative_slope, nonfinite, backend$"
+    known = "expected one of eps, momentum, activation, negative_slope, nonfinite, single, backend$"
     with pytest.raises(batchnorm.InputError, match=rf"option of BatchNorm\dd: got 'nonfinit', {known}"):
         batchnorm.convert(net(), "batchnorm", nonfinit="skip")
     with pytest.raises(batchnorm.InputError, match=r"got 'nonfinite', expected one of eps, momentum$"):

@@ -55,6 +55,8 @@ class Extras(Unscriptable, _Base):
 
     _dimensions: ClassVar[tuple[int, ...] | None]
     _checks_itself: ClassVar[bool] = False
+    # Whether it computes what PyTorch's layer of the same numbers does, activation aside.
+    _is_plain: ClassVar[bool] = True
     # Class-level, so that a layer made by other means (an old pickle, a changed __class__) has them.
     activation: str | None = None
     negative_slope: float = 0.01
@@ -158,14 +160,20 @@ class Extras(Unscriptable, _Base):
         return text
 
     def named_children(self) -> Iterator[tuple[str, Module]]:
-        """The layer's children; refuses torch.nn.SyncBatchNorm.convert_sync_batchnorm if there is an activation."""
+        """The layer's children; refuses torch.nn.SyncBatchNorm.convert_sync_batchnorm where it would lose something."""
         # torch.nn.SyncBatchNorm.convert_sync_batchnorm builds a new layer from the few attributes that it knows and
-        # would drop the activation without a word. It asks a layer for its children last: the one place to refuse.
-        if self.activation is not None and sys._getframe(1).f_code.co_name == "convert_sync_batchnorm":
+        # would drop the rest without a word. It asks a layer for its children last: the one place to refuse.
+        if (self.activation is not None or not self._is_plain) and (
+            sys._getframe(1).f_code.co_name == "convert_sync_batchnorm"
+        ):
+            name = type(self).__name__
+            lost = (
+                f"the activation {self.activation!r} of a {name}" if self._is_plain else f"what a {name} does"
+            )
             raise ModelError(
-                f"convert_sync_batchnorm would drop the activation {self.activation!r} of a "
-                f"{type(self).__name__}({self.num_features}): build the layer with activation=None and put the "
-                "activation behind it as a module of its own, then convert."
+                f"convert_sync_batchnorm would drop {lost}({self.num_features}): use "
+                "batchnorm.convert(model, 'sync'), which keeps an activation, or convert the layers to "
+                "torch.nn's first."
             )
         children: Iterator[tuple[str, Module]] = super().named_children()
         return children

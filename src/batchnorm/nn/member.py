@@ -23,3 +23,4 @@ class Member(_Base):
     """
 
     _dimensions: ClassVar[None] = None
+    _is_plain = False
