@@ -24,6 +24,7 @@ PUBLIC = [
     "Changes",
     "Comparison",
     "DataError",
+    "FrozenBatchNorm",
     "InputError",
     "InputTypeError",
     "LazyBatchNorm1d",

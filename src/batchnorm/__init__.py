@@ -18,6 +18,7 @@ _HOME = {
     "Changes": "_walk",
     "Comparison": "comparison",
     "DataError": "_errors",
+    "FrozenBatchNorm": "nn",
     "InputError": "_errors",
     "InputTypeError": "_errors",
     "LazyBatchNorm1d": "nn",
@@ -71,6 +72,7 @@ if TYPE_CHECKING:
     from batchnorm.nn import BatchNorm1d as BatchNorm1d
     from batchnorm.nn import BatchNorm2d as BatchNorm2d
     from batchnorm.nn import BatchNorm3d as BatchNorm3d
+    from batchnorm.nn import FrozenBatchNorm as FrozenBatchNorm
     from batchnorm.nn import LazyBatchNorm1d as LazyBatchNorm1d
     from batchnorm.nn import LazyBatchNorm2d as LazyBatchNorm2d
     from batchnorm.nn import LazyBatchNorm3d as LazyBatchNorm3d

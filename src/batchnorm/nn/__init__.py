@@ -3,6 +3,7 @@
 from batchnorm.nn.batch_norm import BatchNorm1d as BatchNorm1d
 from batchnorm.nn.batch_norm import BatchNorm2d as BatchNorm2d
 from batchnorm.nn.batch_norm import BatchNorm3d as BatchNorm3d
+from batchnorm.nn.frozen import FrozenBatchNorm as FrozenBatchNorm
 from batchnorm.nn.lazy import LazyBatchNorm1d as LazyBatchNorm1d
 from batchnorm.nn.lazy import LazyBatchNorm2d as LazyBatchNorm2d
 from batchnorm.nn.lazy import LazyBatchNorm3d as LazyBatchNorm3d
@@ -11,6 +12,7 @@ __all__ = [
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
+    "FrozenBatchNorm",
     "LazyBatchNorm1d",
     "LazyBatchNorm2d",
     "LazyBatchNorm3d",

@@ -9,10 +9,12 @@ from torch.nn.modules.lazy import LazyModuleMixin
 
 from batchnorm._errors import InputTypeError, ModelError, message
 from batchnorm._walk import Skipped, Spot, walk
+from batchnorm.nn.frozen import Frozen, FrozenBatchNorm
 
 __all__ = ["Target", "bare", "frozen", "targets"]
 
 _BY_FREEZE = "frozen by freeze"
+_FROZEN = "frozen: it is a FrozenBatchNorm"
 _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
 
@@ -84,8 +86,9 @@ def frozen(root: nn.Module, layer: _BatchNorm) -> str:
         return "frozen: track_running_stats is False"
     if layer.momentum == 0.0:
         return "frozen: momentum is 0"
-    # `batchnorm.freeze` makes `training` a property of the layer's class, whatever mode the model is in.
-    if isinstance(getattr(type(layer), "training", None), property):
+    if isinstance(layer, FrozenBatchNorm):
+        return _FROZEN
+    if isinstance(layer, Frozen):
         return _BY_FREEZE
     if root.training and not layer.training:
         return "frozen: in eval mode while the model is in training mode"
@@ -114,7 +117,7 @@ def targets(model: nn.Module, operation: str) -> tuple[tuple[Target, ...], tuple
                 found.append(Target(spot.name, spot.names[1:], layer, mean, var, counter))
     if not found:
         got = "none" if not skipped else "; ".join(f"{s.name or 'model'}: {s.reason}" for s in skipped[:3])
-        by_freeze = any(each.reason == _BY_FREEZE for each in skipped)
+        by_freeze = any(each.reason in (_BY_FREEZE, _FROZEN) for each in skipped)
         raise ModelError(
             message(
                 f"{operation}: batch norms with running statistics to set",
