@@ -44,6 +44,9 @@ def batch_norm(
     variance are those of the batch, per channel over N and S, and the running statistics move towards the batch's
     mean and unbiased variance: running ← (1 − momentum)·running + momentum·batch. In eval they are the running ones.
 
+    They move in forward alone: a call inside a backward pass, where activation checkpointing computes a forward again,
+    leaves them as they are. (A first forward there, as in a hook on a gradient, does so, too.)
+
     Args:
         input: shape (N, C, *S), floating point.
         running_mean: shape (C,), or None (training only); updated in place in training.
@@ -182,6 +185,8 @@ def layer_batch_norm(
         running = None
         if running_mean is not None and running_var is not None:
             running = ops.Running(running_mean, running_var, num_batches_tracked, momentum, skip_nonfinite)
+            if ops.is_recomputation():
+                running = ops.uncounted(running, name)
         arguments = (input, weight, bias, residual, mask, running)
         if policy is None:
             output = ops.train(*arguments, 1, eps, activation, slope, name)
