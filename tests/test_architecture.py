@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = Path(batchnorm.__file__).resolve().parent
 
 PUBLIC = [
+    "Accumulation",
     "Adapted",
     "Averaged",
     "BackendError",
@@ -39,6 +40,7 @@ PUBLIC = [
     "Translation",
     "__version__",
     "absorb_bias",
+    "accumulate",
     "adapt",
     "averaged",
     "batch_norm",

@@ -8,6 +8,7 @@ __version__ = "0.1.0"
 # Public name -> the module that defines it. Nothing is imported before it is used, so that
 # `import batchnorm` costs nothing and the command line answers `--help` without importing torch.
 _HOME = {
+    "Accumulation": "stats",
     "Adapted": "stats",
     "Averaged": "stats",
     "BackendError": "_errors",
@@ -32,6 +33,7 @@ _HOME = {
     "Trace": "explain",
     "Translation": "stats",
     "absorb_bias": "surgery",
+    "accumulate": "stats",
     "adapt": "stats",
     "averaged": "stats",
     "batch_norm": "functional",
@@ -77,11 +79,13 @@ if TYPE_CHECKING:
     from batchnorm.nn import LazyBatchNorm2d as LazyBatchNorm2d
     from batchnorm.nn import LazyBatchNorm3d as LazyBatchNorm3d
     from batchnorm.ops import explain_backend as explain_backend
+    from batchnorm.stats import Accumulation as Accumulation
     from batchnorm.stats import Adapted as Adapted
     from batchnorm.stats import Averaged as Averaged
     from batchnorm.stats import RecalibratedLayer as RecalibratedLayer
     from batchnorm.stats import Recalibration as Recalibration
     from batchnorm.stats import Translation as Translation
+    from batchnorm.stats import accumulate as accumulate
     from batchnorm.stats import adapt as adapt
     from batchnorm.stats import averaged as averaged
     from batchnorm.stats import from_framework as from_framework

@@ -147,6 +147,12 @@ def layer_batch_norm(
 
     One call, wrapped for torch.fx, so that symbolic tracing sees no control flow and records no update.
     """
+    if ops.HELD and torch.compiler.is_compiling():
+        return ops.uncompiled(
+            layer_batch_norm, input, running_mean, running_var, num_batches_tracked, weight, bias, training, momentum,
+            eps, activation, slope, residual, mask, skip_nonfinite, backend, dimensions, inplace, recompute, single,
+            policy,
+        )  # fmt: skip
     _check_input(input, dimensions)
     activation_named(activation)
     _check_statistics(running_mean, running_var, training, eps)
@@ -187,6 +193,8 @@ def layer_batch_norm(
             running = ops.Running(running_mean, running_var, num_batches_tracked, momentum, skip_nonfinite)
             if ops.is_recomputation():
                 running = ops.uncounted(running, name)
+            elif ops.HELD:
+                running = ops.held(running)
         arguments = (input, weight, bias, residual, mask, running)
         if policy is None:
             output = ops.train(*arguments, 1, eps, activation, slope, name)

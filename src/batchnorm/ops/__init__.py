@@ -23,6 +23,7 @@ from batchnorm.ops.backends import (
     explain_backend,
     kernels_of,
 )
+from batchnorm.ops.held import HELD, Held, Take, held, moved, uncompiled
 from batchnorm.ops.inplace import check_inplace, normalize_
 from batchnorm.ops.policy import Policy, Statistics, merged, train_by
 from batchnorm.ops.recompute import CAN_SEE, CHAIN, can_recompute, look_behind, look_behind_output, remember
@@ -31,29 +32,35 @@ __all__ = [
     "CAN_SEE",
     "CHAIN",
     "COMPOSED",
+    "HELD",
     "BackendChoice",
     "Call",
     "Candidate",
     "Policy",
     "Running",
     "Statistics",
+    "Take",
     "call_of",
     "can_recompute",
     "check_inplace",
     "check_name",
     "choose",
     "explain_backend",
+    "held",
     "is_jit_tracing",
     "is_recomputation",
     "is_traced",
     "look_behind",
     "look_behind_output",
     "merged",
+    "moments",
+    "moved",
     "normalize",
     "normalize_",
     "remember",
     "train",
     "train_by",
+    "uncompiled",
     "uncounted",
 ]
 
@@ -127,9 +134,13 @@ def train(
 ) -> Tensor:
     """Normalize by the batch's own statistics, and update the running ones and their counter."""
     if backend in COMPOSED and mask is None and groups == 1 and not is_traced(input):
-        return eager.train(
-            kernels_of(backend), input, weight, bias, residual, running, eps, activation, slope
-        )
+        kernels = kernels_of(backend)
+        if type(running) is not Held:
+            return eager.train(kernels, input, weight, bias, residual, running, eps, activation, slope)
+        lent = running.lend()
+        output = eager.train(kernels, input, weight, bias, residual, lent, eps, activation, slope)
+        running.take_back(lent, input.numel() // max(1, input.shape[1]))
+        return output
     if running is not None and running.num_batches_tracked is not None:
         running.num_batches_tracked.add_(1)
     if backend == "aten":
@@ -145,11 +156,18 @@ def train(
         )
         if running is not None:
             _refuse_shared_buffers(mean, running.mean)
-            reference.update_running_(*running[:3], mean.detach(), var.detach(), count.detach(), *running[3:])
+            running.update(reference, mean.detach(), var.detach(), count.detach())
         return output
     if _is_traced(input):
         return traced.train(*arguments)
     return eager.Train.apply(*arguments)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def moments(input: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean and m2 (1, C), and count (1, 1), of an input: by the first backend that has the primitive."""
+    name = choose(call_of(input, True, None, False, False, True), None)
+    found: tuple[Tensor, Tensor, Tensor] = kernels_of(name).moments(input.detach(), None, 1)
+    return found
 
 
 def normalize(

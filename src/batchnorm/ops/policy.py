@@ -222,5 +222,5 @@ def train_by(
     if running is not None:
         with torch.no_grad():
             found = policy.population(statistics)
-        kernels.update_running_(*running[:3], *(each.detach() for each in found), *running[3:])
+        running.update(kernels, *(each.detach() for each in found))
     return output

@@ -11,7 +11,7 @@ from batchnorm._errors import InputTypeError, ModelError, message
 from batchnorm._walk import Skipped, Spot, walk
 from batchnorm.nn.frozen import Frozen, FrozenBatchNorm
 
-__all__ = ["Target", "bare", "frozen", "targets"]
+__all__ = ["Target", "bare", "frozen", "refuse_lazy", "targets"]
 
 _BY_FREEZE = "frozen by freeze"
 _FROZEN = "frozen: it is a FrozenBatchNorm"
@@ -106,7 +106,7 @@ def targets(model: nn.Module, operation: str) -> tuple[tuple[Target, ...], tuple
     for spot in walk(model):
         if not isinstance(spot.module, _BatchNorm):
             continue
-        _refuse_lazy(spot, operation)
+        refuse_lazy(spot, operation)
         reason = frozen(model, spot.module)
         if reason:
             skipped.append(Skipped(spot.name, reason, spot.names[1:]))
@@ -131,7 +131,7 @@ def targets(model: nn.Module, operation: str) -> tuple[tuple[Target, ...], tuple
     return tuple(found), tuple(skipped)
 
 
-def _refuse_lazy(spot: Spot, operation: str) -> None:
+def refuse_lazy(spot: Spot, operation: str) -> None:
     if isinstance(spot.module, LazyModuleMixin) and spot.module.has_uninitialized_params():
         raise ModelError(
             message(
