@@ -224,7 +224,7 @@ def test_frozen_by_convert_and_unfrozen_again(to: str, axes: int) -> None:
         "torch": [nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d],
     }[to][axes - 1]
     layer = randomize(cls(3, momentum=0.3, eps=0.01))
-    attributes, x = vars(layer).keys(), torch.randn(4, 3, *[5] * axes)
+    attributes, x = set(vars(layer)), torch.randn(4, 3, *[5] * axes)
     expected = copy.deepcopy(layer).eval()(x)
     changes = batchnorm.convert(layer, "frozen", inplace=True)
     assert type(layer) is batchnorm.FrozenBatchNorm
@@ -236,10 +236,12 @@ def test_frozen_by_convert_and_unfrozen_again(to: str, axes: int) -> None:
     assert type(layer) is cls
     assert (layer.momentum, layer.eps, layer.training) == (0.3, 0.01, True)
     assert all(parameter.requires_grad for parameter in layer.parameters())
+    assert set(vars(layer)) - attributes == {"_frozen_by"}
+    assert attributes <= set(vars(layer))
     back.revert()
     changes.revert()
     assert type(layer) is cls
-    assert vars(layer).keys() == attributes
+    assert set(vars(layer)) == attributes
     assert all(parameter.requires_grad for parameter in layer.parameters())
 
 
@@ -254,6 +256,8 @@ def test_how_many_axes_an_unfrozen_layer_has() -> None:
 
     net = nn.Sequential(nn.Conv2d(3, 3, 1), batchnorm.FrozenBatchNorm(3))
     assert type(batchnorm.unfreeze(net).model[1]) is batchnorm.BatchNorm2d
+    plain = batchnorm.unfreeze(net, to="torch").model[1]
+    assert vars(plain).keys() - {"_frozen_by"} == vars(nn.BatchNorm2d(3)).keys()
     changes = batchnorm.unfreeze(Opaque(), affine=False)
     assert "name the class to convert to" in reasons(changes)["bn"]
     changes = batchnorm.unfreeze(Opaque(), to=batchnorm.BatchNorm2d)

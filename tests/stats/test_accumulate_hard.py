@@ -1,6 +1,7 @@
 """`accumulate` where something goes wrong, under wrappers and compilers, and what it refuses."""
 
 import copy
+import itertools
 import pickle
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -110,12 +111,19 @@ def test_ctrl_c_while_the_update_is_computed_writes_nothing(monkeypatch: pytest.
     torch.testing.assert_close(net.state_dict(), before, rtol=0, atol=0)
 
 
+def _write_buffers(module: nn.Module, args: Any) -> None:
+    for buffer in module.buffers():
+        buffer.add_(0)
+
+
 def test_distributed_data_parallel(tmp_path: Path) -> None:
     dist.init_process_group("gloo", f"file://{tmp_path / 'rendezvous'}", rank=0, world_size=1)
     try:
-        for given in ("wrapper", "network"):
-            net = nn.Sequential(batchnorm.BatchNorm1d(3), nn.Linear(3, 2))
+        for given, cls in itertools.product(("wrapper", "network"), (batchnorm.BatchNorm1d, nn.BatchNorm1d)):
+            net = nn.Sequential(cls(3), nn.Linear(3, 2))
             wrapped, batches = nn.parallel.DistributedDataParallel(net), parts((6, 3), (6, 4))
+            # As it does with more processes: it writes rank 0's buffers before the network runs.
+            wrapped.register_forward_pre_hook(_write_buffers)
             expected = after(net[0], batches)
             with batchnorm.accumulate(wrapped if given == "wrapper" else net, 2):
                 for x in batches:

@@ -266,7 +266,7 @@ def _layers(model: nn.Module) -> list[HeldLayer]:
         module = spot.module
         if isinstance(module, _BatchNorm):
             refuse_lazy(spot, "accumulate")
-        if isinstance(module, Frozen) or module._buffers.get("running_mean") is None:
+        if isinstance(module, Frozen):
             continue
         mean, var = module._buffers.get("running_mean"), module._buffers.get("running_var")
         if isinstance(module, _BatchNorm) and mean is not None and var is not None and _is_plain(module):
