@@ -8,6 +8,7 @@ from torch import Tensor
 from batchnorm import ops
 from batchnorm._activations import activation_named
 from batchnorm._errors import InputError, InputTypeError, message
+from batchnorm.ops import HELD
 
 __all__ = ["SINGLE", "Single", "batch_norm", "layer_batch_norm"]
 
@@ -147,7 +148,7 @@ def layer_batch_norm(
 
     One call, wrapped for torch.fx, so that symbolic tracing sees no control flow and records no update.
     """
-    if ops.HELD and torch.compiler.is_compiling():
+    if HELD and torch.compiler.is_compiling():
         return ops.uncompiled(
             layer_batch_norm, input, running_mean, running_var, num_batches_tracked, weight, bias, training, momentum,
             eps, activation, slope, residual, mask, skip_nonfinite, backend, dimensions, inplace, recompute, single,
@@ -193,7 +194,7 @@ def layer_batch_norm(
             running = ops.Running(running_mean, running_var, num_batches_tracked, momentum, skip_nonfinite)
             if ops.is_recomputation():
                 running = ops.uncounted(running, name)
-            elif ops.HELD:
+            elif HELD:
                 running = ops.held(running)
         arguments = (input, weight, bias, residual, mask, running)
         if policy is None:
