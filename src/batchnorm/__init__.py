@@ -16,10 +16,12 @@ _HOME = {
     "BatchNorm2d": "nn",
     "BatchNorm3d": "nn",
     "BatchNormError": "_errors",
+    "BatchRenorm": "nn",
     "Changes": "_walk",
     "Comparison": "comparison",
     "DataError": "_errors",
     "FrozenBatchNorm": "nn",
+    "GhostBatchNorm": "nn",
     "InputError": "_errors",
     "InputTypeError": "_errors",
     "LazyBatchNorm1d": "nn",
@@ -74,7 +76,9 @@ if TYPE_CHECKING:
     from batchnorm.nn import BatchNorm1d as BatchNorm1d
     from batchnorm.nn import BatchNorm2d as BatchNorm2d
     from batchnorm.nn import BatchNorm3d as BatchNorm3d
+    from batchnorm.nn import BatchRenorm as BatchRenorm
     from batchnorm.nn import FrozenBatchNorm as FrozenBatchNorm
+    from batchnorm.nn import GhostBatchNorm as GhostBatchNorm
     from batchnorm.nn import LazyBatchNorm1d as LazyBatchNorm1d
     from batchnorm.nn import LazyBatchNorm2d as LazyBatchNorm2d
     from batchnorm.nn import LazyBatchNorm3d as LazyBatchNorm3d

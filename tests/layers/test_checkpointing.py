@@ -10,15 +10,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import batchnorm
-from batchnorm.nn.member import Member
-from batchnorm.policies.ghost import Ghosts
 
 
-class Ghost(Member):
-    """Two halves of the batch, each with statistics of its own: a layer with a policy."""
-
-    def _policy(self) -> Ghosts:
-        return Ghosts(2)
+def ghost(channels: int, **options: Any) -> batchnorm.GhostBatchNorm:
+    """A layer with a policy: halves of the batch."""
+    return batchnorm.GhostBatchNorm(channels, splits=2, **options)
 
 
 class Again(torch.autograd.Function):
@@ -96,7 +92,7 @@ def check(way: Way, net: nn.Module, x: Tensor) -> None:
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("momentum", [0.1, None])
-@pytest.mark.parametrize("cls", [batchnorm.BatchNorm2d, Ghost])
+@pytest.mark.parametrize("cls", [batchnorm.BatchNorm2d, ghost])
 def test_checkpointed_layers_count_once(way: Way, momentum: float | None, cls: type[nn.Module]) -> None:
     net = nn.Sequential(nn.Conv2d(3, 4, 3), cls(4, momentum=momentum), nn.ReLU(), nn.Conv2d(4, 2, 1))
     check(way, net, torch.randn(4, 3, 6, 6))
@@ -128,7 +124,7 @@ def test_every_backend(way: Way, backend: str, options: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("cls", [batchnorm.BatchNorm1d, Ghost])
+@pytest.mark.parametrize("cls", [batchnorm.BatchNorm1d, ghost])
 def test_mask_and_residual(way: Way, cls: type[nn.Module]) -> None:
     class Masked(nn.Module):
         def __init__(self) -> None:

@@ -11,17 +11,14 @@ from torch.utils.checkpoint import checkpoint
 import batchnorm
 from batchnorm.nn.member import Member
 from batchnorm.ops import HELD, Policy, Statistics
-from batchnorm.policies.ghost import Ghosts
 
 OURS = [batchnorm.BatchNorm1d, batchnorm.BatchNorm2d, batchnorm.BatchNorm3d]
 TORCH = [nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d]
 
 
-class Ghost(Member):
+def ghost(channels: int, **options: Any) -> batchnorm.GhostBatchNorm:
     """Halves of the batch, each with statistics of its own."""
-
-    def _policy(self) -> Ghosts:
-        return Ghosts(2)
+    return batchnorm.GhostBatchNorm(channels, splits=2, **options)
 
 
 class OfTwo(Policy):
@@ -84,7 +81,7 @@ def test_outputs_and_gradients_are_those_of_the_micro_batches(cls: type[nn.Modul
 
 
 @pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("cls", [batchnorm.BatchNorm1d, Ghost])
+@pytest.mark.parametrize("cls", [batchnorm.BatchNorm1d, ghost])
 def test_masks(weighted: bool, cls: type[nn.Module]) -> None:
     layer = cls(3, dtype=torch.float64)
     batches = parts((4, 3, 7), (4, 2, 6), torch.float64)
@@ -98,7 +95,7 @@ def test_masks(weighted: bool, cls: type[nn.Module]) -> None:
     same(layer, expected)
 
 
-@pytest.mark.parametrize(("cls", "copies"), [(Ghost, 1), (Synced, 2)])
+@pytest.mark.parametrize(("cls", "copies"), [(ghost, 1), (Synced, 2)])
 def test_layers_with_a_policy(cls: type[nn.Module], copies: int) -> None:
     layer = cls(3, dtype=torch.float64)
     batches = parts((4, 3, 5), (4, 2, 6), torch.float64)
@@ -248,7 +245,7 @@ def test_a_batch_with_nan(nonfinite: str) -> None:
     ("cls", "options"),
     [
         (nn.BatchNorm1d, {}),
-        (Ghost, {}),
+        (ghost, {}),
         *((batchnorm.BatchNorm1d, {"backend": backend}) for backend in ("cpu", "aten", "reference")),
         (batchnorm.BatchNorm1d, {"backend": "aten", "momentum": None}),
     ],

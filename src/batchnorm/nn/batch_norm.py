@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypedDict
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from batchnorm._errors import InputError, ModelError, message
 from batchnorm.functional import SINGLE, Single, layer_batch_norm
 from batchnorm.nn._unscriptable import Unscriptable
 
-__all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "Extras", "Memory", "NonFinite", "Sized"]
+__all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "Extras", "Memory", "NonFinite", "Options", "Sized"]
 
 # torch.fx looks the wrapped function up in the module that calls it.
 torch.fx.wrap("layer_batch_norm")
@@ -26,6 +26,17 @@ else:
 
 NonFinite = Literal["propagate", "skip"]
 Memory = Literal["keep", "recompute"]
+
+
+class Options(TypedDict, total=False):
+    """The keyword arguments that every layer has beyond its own; `BatchNorm1d` says what each does."""
+
+    bias: bool
+    activation: str | None
+    negative_slope: float
+    nonfinite: NonFinite
+    single: Single
+    backend: str | None
 
 
 def _own(held: Mapping[str, Tensor | None], name: str, module: Module) -> Tensor | None:
@@ -95,19 +106,20 @@ class Extras(Unscriptable, _Base):
         if self._checks_itself:
             self._check_input_dim(input)  # type: ignore[no-untyped-call]
         training, tracking = self.training, self.track_running_stats
+        parameters, buffers = self._parameters, self._buffers
         running_mean = running_var = counter = None
         if not training or tracking:
-            running_mean = _own(self._buffers, "running_mean", self)
-            running_var = _own(self._buffers, "running_var", self)
+            running_mean = _own(buffers, "running_mean", self)
+            running_var = _own(buffers, "running_var", self)
         if training and tracking:
-            counter = _own(self._buffers, "num_batches_tracked", self)
+            counter = _own(buffers, "num_batches_tracked", self)
         return layer_batch_norm(
             input,
             running_mean,
             running_var,
             counter,
-            _own(self._parameters, "weight", self),
-            _own(self._parameters, "bias", self),
+            _own(parameters, "weight", self),
+            _own(parameters, "bias", self),
             training or (running_mean is None and running_var is None),
             self.momentum,
             self.eps,

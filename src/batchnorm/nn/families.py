@@ -7,7 +7,6 @@ import torch
 
 from batchnorm._errors import InputError, message
 from batchnorm.nn.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
-from batchnorm.nn.frozen import FrozenBatchNorm
 from batchnorm.nn.lazy import LazyBatchNorm1d, LazyBatchNorm2d, LazyBatchNorm3d
 
 __all__ = ["FAMILIES", "Family", "family_of", "register"]
@@ -62,4 +61,3 @@ register(
     )
 )
 register(Family("torch-sync", dict.fromkeys((1, 2, 3), torch.nn.SyncBatchNorm)))
-register(Family("frozen", dict.fromkeys((1, 2, 3), FrozenBatchNorm)))

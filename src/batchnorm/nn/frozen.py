@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from batchnorm._errors import ModelError, message
+from batchnorm.nn.families import Family, register
 from batchnorm.nn.member import Member
 
 __all__ = ["Frozen", "FrozenBatchNorm"]
@@ -144,3 +145,6 @@ class FrozenBatchNorm(Frozen, Member):
         """PyTorch's text without what means nothing here, and every extra that is not at its default."""
         text = super().extra_repr()
         return text.replace(f", momentum={self.momentum}", "").replace(", track_running_stats=True", "")
+
+
+register(Family("frozen", dict.fromkeys((1, 2, 3), FrozenBatchNorm)))

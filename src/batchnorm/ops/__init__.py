@@ -17,7 +17,6 @@ from batchnorm.ops.backends import (
     BackendChoice,
     Call,
     Candidate,
-    call_of,
     check_name,
     choose,
     explain_backend,
@@ -40,7 +39,6 @@ __all__ = [
     "Running",
     "Statistics",
     "Take",
-    "call_of",
     "can_recompute",
     "check_inplace",
     "check_name",
@@ -165,7 +163,7 @@ def train(
 
 def moments(input: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Mean and m2 (1, C), and count (1, 1), of an input: by the first backend that has the primitive."""
-    name = choose(call_of(input, True, None, False, False, True), None)
+    name = choose(input, True, None, False, False, True, None)
     found: tuple[Tensor, Tensor, Tensor] = kernels_of(name).moments(input.detach(), None, 1)
     return found
 
