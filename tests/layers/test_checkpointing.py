@@ -17,6 +17,11 @@ def ghost(channels: int, **options: Any) -> batchnorm.GhostBatchNorm:
     return batchnorm.GhostBatchNorm(channels, splits=2, **options)
 
 
+def renorm(channels: int, **options: Any) -> batchnorm.BatchRenorm:
+    """A layer whose output depends on the running statistics, which have moved when it is computed again."""
+    return batchnorm.BatchRenorm(channels, r_max=3, d_max=2, **options)
+
+
 class Again(torch.autograd.Function):
     """Keeps the input alone and runs the module once more in its backward."""
 
@@ -92,7 +97,7 @@ def check(way: Way, net: nn.Module, x: Tensor) -> None:
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("momentum", [0.1, None])
-@pytest.mark.parametrize("cls", [batchnorm.BatchNorm2d, ghost])
+@pytest.mark.parametrize("cls", [batchnorm.BatchNorm2d, ghost, renorm])
 def test_checkpointed_layers_count_once(way: Way, momentum: float | None, cls: type[nn.Module]) -> None:
     net = nn.Sequential(nn.Conv2d(3, 4, 3), cls(4, momentum=momentum), nn.ReLU(), nn.Conv2d(4, 2, 1))
     check(way, net, torch.randn(4, 3, 6, 6))
@@ -124,7 +129,7 @@ def test_every_backend(way: Way, backend: str, options: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("cls", [batchnorm.BatchNorm1d, ghost])
+@pytest.mark.parametrize("cls", [batchnorm.BatchNorm1d, ghost, renorm])
 def test_mask_and_residual(way: Way, cls: type[nn.Module]) -> None:
     class Masked(nn.Module):
         def __init__(self) -> None:
@@ -156,6 +161,21 @@ def test_backward_twice(momentum: float | None) -> None:
     assert layer.num_batches_tracked == 1
     layer(x)
     assert layer.num_batches_tracked == 2
+
+
+def test_several_forwards_before_their_backward() -> None:
+    """Each is corrected by the running statistics that it had."""
+    layer, twin = renorm(3), renorm(3)
+    inputs = [(torch.randn(6, 3) * (1 + i) + i).requires_grad_() for i in range(4)]
+    others = [x.detach().clone().requires_grad_() for x in inputs]
+    outputs, expected = [saved_tensors(layer, x) for x in inputs], [twin(x) for x in others]
+    dy = torch.randn(4, 6, 3)
+    for i in (2, 0, 3, 1):
+        outputs[i].backward(dy[i])
+        expected[i].backward(dy[i])
+        assert torch.equal(inputs[i].grad, others[i].grad)
+    assert torch.equal(layer.weight.grad, twin.weight.grad)
+    torch.testing.assert_close(layer.state_dict(), twin.state_dict(), rtol=0, atol=0)
 
 
 def test_the_function_and_layers_without_a_counter() -> None:

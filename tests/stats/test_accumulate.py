@@ -106,6 +106,19 @@ def test_layers_with_a_policy(cls: type[nn.Module], copies: int) -> None:
     same(layer, expected)
 
 
+def test_renorm_counts_whole_batches() -> None:
+    """Until the last micro-batch of a group all are corrected as the whole batch would be: by the same numbers."""
+    layer = batchnorm.BatchRenorm(3, r_max=((0, 1.0), (2, 3.0)), d_max=1, warmup=1, dtype=torch.float64)
+    whole = copy.deepcopy(layer)
+    with batchnorm.accumulate(layer, 2):
+        for _ in range(4):
+            x = torch.randn(8, 3, dtype=torch.float64) * 3 + 1
+            y = layer(x), layer(x)
+            expected = whole(torch.cat([x, x]))
+            torch.testing.assert_close(torch.cat(y), expected)
+            same(layer, whole.state_dict())
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("cls", [batchnorm.BatchNorm2d, nn.BatchNorm2d])
 def test_half_inputs(cls: type[nn.Module], dtype: torch.dtype) -> None:
