@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = Path(batchnorm.__file__).resolve().parent
 
 PUBLIC = [
+    "Accumulation",
     "Adapted",
     "Averaged",
     "BackendError",
@@ -25,6 +26,7 @@ PUBLIC = [
     "Changes",
     "Comparison",
     "DataError",
+    "FrozenBatchNorm",
     "GhostBatchNorm",
     "InputError",
     "InputTypeError",
@@ -42,6 +44,7 @@ PUBLIC = [
     "WhitenedBatchNorm",
     "__version__",
     "absorb_bias",
+    "accumulate",
     "adapt",
     "averaged",
     "batch_norm",

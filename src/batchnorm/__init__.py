@@ -8,6 +8,7 @@ __version__ = "0.1.0"
 # Public name -> the module that defines it. Nothing is imported before it is used, so that
 # `import batchnorm` costs nothing and the command line answers `--help` without importing torch.
 _HOME = {
+    "Accumulation": "stats",
     "Adapted": "stats",
     "Averaged": "stats",
     "BackendError": "_errors",
@@ -19,6 +20,7 @@ _HOME = {
     "Changes": "_walk",
     "Comparison": "comparison",
     "DataError": "_errors",
+    "FrozenBatchNorm": "nn",
     "GhostBatchNorm": "nn",
     "InputError": "_errors",
     "InputTypeError": "_errors",
@@ -35,6 +37,7 @@ _HOME = {
     "VirtualBatchNorm": "nn",
     "WhitenedBatchNorm": "nn",
     "absorb_bias": "surgery",
+    "accumulate": "stats",
     "adapt": "stats",
     "averaged": "stats",
     "batch_norm": "functional",
@@ -77,6 +80,7 @@ if TYPE_CHECKING:
     from batchnorm.nn import BatchNorm2d as BatchNorm2d
     from batchnorm.nn import BatchNorm3d as BatchNorm3d
     from batchnorm.nn import BatchRenorm as BatchRenorm
+    from batchnorm.nn import FrozenBatchNorm as FrozenBatchNorm
     from batchnorm.nn import GhostBatchNorm as GhostBatchNorm
     from batchnorm.nn import LazyBatchNorm1d as LazyBatchNorm1d
     from batchnorm.nn import LazyBatchNorm2d as LazyBatchNorm2d
@@ -85,11 +89,13 @@ if TYPE_CHECKING:
     from batchnorm.nn import WhitenedBatchNorm as WhitenedBatchNorm
     from batchnorm.nn import reference_batch as reference_batch
     from batchnorm.ops import explain_backend as explain_backend
+    from batchnorm.stats import Accumulation as Accumulation
     from batchnorm.stats import Adapted as Adapted
     from batchnorm.stats import Averaged as Averaged
     from batchnorm.stats import RecalibratedLayer as RecalibratedLayer
     from batchnorm.stats import Recalibration as Recalibration
     from batchnorm.stats import Translation as Translation
+    from batchnorm.stats import accumulate as accumulate
     from batchnorm.stats import adapt as adapt
     from batchnorm.stats import averaged as averaged
     from batchnorm.stats import from_framework as from_framework

@@ -8,6 +8,7 @@ from torch import Tensor
 from batchnorm import ops
 from batchnorm._activations import activation_named
 from batchnorm._errors import InputError, InputTypeError, message
+from batchnorm.ops import HELD
 
 __all__ = ["SINGLE", "Single", "batch_norm", "check_call", "layer_batch_norm"]
 
@@ -43,6 +44,9 @@ def batch_norm(
     The positional arguments are those of `torch.nn.functional.batch_norm`. In training the mean and the biased
     variance are those of the batch, per channel over N and S, and the running statistics move towards the batch's
     mean and unbiased variance: running ← (1 − momentum)·running + momentum·batch. In eval they are the running ones.
+
+    They move in forward alone: a call inside a backward pass, where activation checkpointing computes a forward again,
+    leaves them as they are. (A first forward there, as in a hook on a gradient, does so, too.)
 
     Args:
         input: shape (N, C, *S), floating point.
@@ -144,6 +148,12 @@ def layer_batch_norm(
 
     One call, wrapped for torch.fx, so that symbolic tracing sees no control flow and records no update.
     """
+    if HELD and torch.compiler.is_compiling():
+        return ops.uncompiled(
+            layer_batch_norm, input, running_mean, running_var, num_batches_tracked, weight, bias, training, momentum,
+            eps, activation, slope, residual, mask, skip_nonfinite, backend, dimensions, inplace, recompute, single,
+            policy,
+        )  # fmt: skip
     _check_input(input, dimensions)
     activation_named(activation)
     _check_statistics(running_mean, running_var, training, eps)
@@ -190,6 +200,10 @@ def layer_batch_norm(
         running = None
         if running_mean is not None and running_var is not None:
             running = ops.Running(running_mean, running_var, num_batches_tracked, momentum, skip_nonfinite)
+            if ops.is_recomputation():
+                running = ops.uncounted(running, name)
+            elif HELD:
+                running = ops.held(running)
         arguments = (input, weight, bias, residual, mask, running)
         if policy is None:
             output = ops.train(*arguments, 1, eps, activation, slope, name)

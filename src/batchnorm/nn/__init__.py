@@ -3,6 +3,7 @@
 from batchnorm.nn.batch_norm import BatchNorm1d as BatchNorm1d
 from batchnorm.nn.batch_norm import BatchNorm2d as BatchNorm2d
 from batchnorm.nn.batch_norm import BatchNorm3d as BatchNorm3d
+from batchnorm.nn.frozen import FrozenBatchNorm as FrozenBatchNorm
 from batchnorm.nn.ghost import GhostBatchNorm as GhostBatchNorm
 from batchnorm.nn.lazy import LazyBatchNorm1d as LazyBatchNorm1d
 from batchnorm.nn.lazy import LazyBatchNorm2d as LazyBatchNorm2d
@@ -17,6 +18,7 @@ __all__ = [
     "BatchNorm2d",
     "BatchNorm3d",
     "BatchRenorm",
+    "FrozenBatchNorm",
     "GhostBatchNorm",
     "LazyBatchNorm1d",
     "LazyBatchNorm2d",

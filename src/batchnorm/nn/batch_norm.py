@@ -215,6 +215,11 @@ class BatchNorm1d(Sized, torch.nn.BatchNorm1d):
     `momentum` towards the batch's mean and unbiased variance; in eval the running statistics are used. Constructor,
     defaults, buffers, `state_dict` and errors are those of `torch.nn.BatchNorm1d`.
 
+    A forward that is computed again in a backward pass, as by `torch.utils.checkpoint`, gives the same bits and counts
+    once, where PyTorch's layers move their running statistics a second time. A first forward inside a backward pass (a
+    loss in a gradient's hook) cannot be told from that and does not count either; a checkpoint around a module that
+    `torch.compile` has compiled still counts twice, and one inside of what is compiled once.
+
     Wrong to use where a batch holds only a few values per channel (the statistics are noise), or where the batches
     of training and of use come from different distributions.
 

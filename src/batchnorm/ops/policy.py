@@ -162,8 +162,6 @@ def train_by(
         kernels = reference
     else:
         kernels = traced.Registered(backend) if is_traced else kernels_of(backend)
-    if running is not None and running.num_batches_tracked is not None:
-        running.num_batches_tracked.add_(1)
     parts = policy.parts(input.shape[0], input.shape[2:].numel())
     sizes, groups = [size for size, _ in parts], [number for _, number in parts]
     inputs, residuals, masks = _cut(input, sizes), _cut(residual, sizes), _cut(mask, sizes)
@@ -188,7 +186,9 @@ def train_by(
                 y = _NormalizeByBatch.apply(*arguments, policy)  # type: ignore[no-untyped-call]
         outputs.append(y)
     if running is not None:
+        if running.num_batches_tracked is not None:
+            running.num_batches_tracked.add_(1)
         with torch.no_grad():
             population = policy.population(statistics)
-        kernels.update_running_(*running[:3], *(each.detach() for each in population), *running[3:])
+        running.update(kernels, *(each.detach() for each in population))
     return like(_joined(outputs), input)

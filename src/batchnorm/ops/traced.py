@@ -266,9 +266,7 @@ def train(
         input, weight, bias, residual, mask, groups, eps, activation, slope, backend
     )
     if running is not None:
-        Registered(backend).update_running_(
-            *running[:3], mean.detach(), var.detach(), count.detach(), *running[3:]
-        )
+        running.update(Registered(backend), mean.detach(), var.detach(), count.detach())
     return output  # type: ignore[no-any-return]
 
 
