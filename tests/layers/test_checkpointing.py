@@ -112,6 +112,7 @@ def test_checkpointed_layers_count_once(way: Way, momentum: float | None, cls: t
         (batchnorm.BatchNorm1d, (5, 3, 4)),
         (batchnorm.BatchNorm3d, (2, 3, 4, 3, 3)),
         (batchnorm.LazyBatchNorm2d, (2, 3, 4, 3)),
+        (batchnorm.WhitenedBatchNorm, (5, 3, 4)),
     ],
 )
 def test_every_class(way: Way, cls: type[nn.Module], shape: tuple[int, ...]) -> None:

@@ -12,7 +12,7 @@ from batchnorm._errors import InputError, InputTypeError, message
 from batchnorm.functional import SINGLE, Single, check_call
 from batchnorm.nn._unscriptable import Unscriptable
 from batchnorm.nn.batch_norm import NonFinite
-from batchnorm.ops import is_traced
+from batchnorm.ops import is_recomputation, is_traced
 from batchnorm.ops.composed import finish
 from batchnorm.ops.whitening import Whitening, update_running_, whiten, whiten_by
 
@@ -203,7 +203,7 @@ class WhitenedBatchNorm(Unscriptable, nn.Module):
                 if not is_traced(input):
                     _warn_of_few(input, self.group_size)
                 z, *found = whiten(input, mask, whitening)
-                if mean is not None and covariance is not None:
+                if mean is not None and covariance is not None and not is_recomputation():
                     self._update(mean, covariance, *found)
             else:
                 z = whiten_by(input, mask, mean, covariance, whitening)

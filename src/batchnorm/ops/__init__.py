@@ -161,10 +161,12 @@ def train(
     return eager.Train.apply(*arguments)  # type: ignore[no-any-return, no-untyped-call]
 
 
-def moments(input: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean and m2 (1, C), and count (1, 1), of an input: by the first backend that has the primitive."""
-    name = choose(input, True, None, False, False, True, None)
-    found: tuple[Tensor, Tensor, Tensor] = kernels_of(name).moments(input.detach(), None, 1)
+def moments(input: Tensor, mask: Tensor | None = None, groups: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean and m2 = Σ(x − mean)² of every group of samples, (G, C), and the counts (G, 1); no gradient."""
+    # The backend is that of a call with a policy: one that has this primitive.
+    name = choose(input, True, None, False, mask is not None, True, None)
+    with torch.no_grad():
+        found: tuple[Tensor, Tensor, Tensor] = kernels_of(name).moments(input.detach(), mask, groups)
     return found
 
 
