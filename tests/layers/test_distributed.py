@@ -1,34 +1,17 @@
 """Two processes under DistributedDataParallel, on gloo."""
 
-import importlib.util
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import processes
 import torch
 from helpers import same_bits
 
 WORKER = Path(__file__).with_name("ddp_worker.py")
-spec = importlib.util.spec_from_file_location("ddp_worker", WORKER)
-assert spec is not None
-assert spec.loader is not None
-worker = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(worker)
+worker = processes.load(WORKER)
 
 
 def test_two_processes_average_the_gradients_of_one_process_each(tmp_path: Path) -> None:
-    # This process is rank 0, for a second child would import torch a second time.
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    child = subprocess.Popen(
-        [sys.executable, str(WORKER), "1", str(tmp_path)], env=environment, stderr=subprocess.PIPE, text=True
-    )
-    try:
-        worker.main(0, tmp_path)
-        _, errors = child.communicate(timeout=60)
-    finally:
-        child.kill()
-    assert child.returncode == 0, errors
+    processes.together(WORKER, worker.WORLD, str(tmp_path))
     results = [torch.load(tmp_path / f"{rank}.pt") for rank in range(worker.WORLD)]
 
     alone = [worker.network() for _ in range(worker.WORLD)]

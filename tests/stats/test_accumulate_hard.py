@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
 import torch
-import torch.distributed as dist
 from accumulate_helpers import after, parts, same
 from torch import Tensor, nn
 
@@ -117,8 +117,7 @@ def _write_buffers(module: nn.Module, args: Any) -> None:
 
 
 def test_distributed_data_parallel(tmp_path: Path) -> None:
-    dist.init_process_group("gloo", f"file://{tmp_path / 'rendezvous'}", rank=0, world_size=1)
-    try:
+    with processes.alone(tmp_path):
         for given, cls in itertools.product(("wrapper", "network"), (batchnorm.BatchNorm1d, nn.BatchNorm1d)):
             net = nn.Sequential(cls(3), nn.Linear(3, 2))
             wrapped, batches = nn.parallel.DistributedDataParallel(net), parts((6, 3), (6, 4))
@@ -130,8 +129,6 @@ def test_distributed_data_parallel(tmp_path: Path) -> None:
                     y = wrapped(x)
                     y.backward(torch.randn_like(y))
             same(net[0], expected)
-    finally:
-        dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("cls", [batchnorm.BatchNorm1d, nn.BatchNorm1d])

@@ -1,13 +1,10 @@
 """Two processes on gloo, with uneven and empty shares of the data, against one process that has it all."""
 
-import importlib.util
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import processes
 import pytest
 import torch
 from helpers import same_bits
@@ -19,28 +16,14 @@ WORKER = Path(__file__).with_name("rank_worker.py")
 
 @pytest.fixture(scope="module")
 def worker() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("rank_worker", WORKER)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return processes.load(WORKER)
 
 
 @pytest.fixture(scope="module")
-def results(worker: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What both processes found. This process is rank 0, for a second child would import torch a second time."""
+def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What both processes found."""
     folder = tmp_path_factory.mktemp("ranks")
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    child = subprocess.Popen(
-        [sys.executable, str(WORKER), "1", str(folder)], env=environment, stderr=subprocess.PIPE, text=True
-    )
-    try:
-        worker.main(0, folder)
-        _, errors = child.communicate(timeout=60)
-    finally:
-        child.kill()
-    assert child.returncode == 0, errors
+    processes.together(WORKER, 2, str(folder))
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
 
 

@@ -4,6 +4,7 @@ import copy
 import io
 import pickle
 
+import processes
 import pytest
 import torch
 from helpers import same_bits
@@ -334,11 +335,8 @@ def test_threads_and_one_process_of_many(tmp_path) -> None:
     wrapped = nn.DataParallel(copy.deepcopy(recomputing))
     for actual, wanted in zip(step(wrapped, X), expected, strict=True):
         assert same_bits(actual, wanted)
-    torch.distributed.init_process_group("gloo", f"file://{tmp_path / 'rendezvous'}", rank=0, world_size=1)
-    try:
+    with processes.alone(tmp_path):
         model = nn.parallel.DistributedDataParallel(copy.deepcopy(recomputing))
         for actual, wanted in zip(step(model, X), expected, strict=True):
             torch.testing.assert_close(actual, wanted, rtol=1e-6, atol=1e-6)
         assert alive(model, X)[1] < 0.75 * alive(keeping, X)[1]
-    finally:
-        torch.distributed.destroy_process_group()
