@@ -17,7 +17,9 @@ _HOME = {
     "BatchNormError": "_errors",
     "Changes": "_walk",
     "Comparison": "comparison",
+    "ConditionalBatchNorm": "nn",
     "DataError": "_errors",
+    "DomainBatchNorm": "nn",
     "InputError": "_errors",
     "InputTypeError": "_errors",
     "LazyBatchNorm1d": "nn",
@@ -35,7 +37,9 @@ _HOME = {
     "averaged": "stats",
     "batch_norm": "functional",
     "compare": "comparison",
+    "condition": "nn",
     "convert": "surgery",
+    "domain": "nn",
     "explain_backend": "ops",
     "fold": "surgery",
     "freeze": "surgery",
@@ -71,9 +75,13 @@ if TYPE_CHECKING:
     from batchnorm.nn import BatchNorm1d as BatchNorm1d
     from batchnorm.nn import BatchNorm2d as BatchNorm2d
     from batchnorm.nn import BatchNorm3d as BatchNorm3d
+    from batchnorm.nn import ConditionalBatchNorm as ConditionalBatchNorm
+    from batchnorm.nn import DomainBatchNorm as DomainBatchNorm
     from batchnorm.nn import LazyBatchNorm1d as LazyBatchNorm1d
     from batchnorm.nn import LazyBatchNorm2d as LazyBatchNorm2d
     from batchnorm.nn import LazyBatchNorm3d as LazyBatchNorm3d
+    from batchnorm.nn import condition as condition
+    from batchnorm.nn import domain as domain
     from batchnorm.ops import explain_backend as explain_backend
     from batchnorm.stats import Adapted as Adapted
     from batchnorm.stats import Averaged as Averaged

@@ -9,7 +9,7 @@ from batchnorm import ops
 from batchnorm._activations import activation_named
 from batchnorm._errors import InputError, InputTypeError, message
 
-__all__ = ["SINGLE", "Single", "batch_norm", "layer_batch_norm"]
+__all__ = ["SINGLE", "Single", "batch_norm", "check_residual", "layer_batch_norm"]
 
 Single = Literal["error", "running", "zero"]
 SINGLE: tuple[Single, ...] = get_args(Single)
@@ -166,7 +166,7 @@ def layer_batch_norm(
             bias=bias,
         )
         if residual is not None:
-            _check_residual(input, residual)
+            check_residual(input, residual)
     if inplace:
         ops.check_inplace(input, training, ops.is_traced(input), weight, bias, residual)
     recompute = recompute and not ops.is_traced(input) and ops.can_recompute()
@@ -332,7 +332,8 @@ def _check_statistics(
         )
 
 
-def _check_residual(input: Tensor, residual: Tensor) -> None:
+def check_residual(input: Tensor, residual: Tensor) -> None:
+    """Refuse what cannot be added to the input."""
     if not isinstance(residual, Tensor):
         raise InputTypeError(message("residual", got=type(residual).__name__, expected="a torch.Tensor"))
     if residual.shape != input.shape:

@@ -3,6 +3,10 @@
 from batchnorm.nn.batch_norm import BatchNorm1d as BatchNorm1d
 from batchnorm.nn.batch_norm import BatchNorm2d as BatchNorm2d
 from batchnorm.nn.batch_norm import BatchNorm3d as BatchNorm3d
+from batchnorm.nn.conditional import ConditionalBatchNorm as ConditionalBatchNorm
+from batchnorm.nn.conditional import condition as condition
+from batchnorm.nn.domains import DomainBatchNorm as DomainBatchNorm
+from batchnorm.nn.domains import domain as domain
 from batchnorm.nn.lazy import LazyBatchNorm1d as LazyBatchNorm1d
 from batchnorm.nn.lazy import LazyBatchNorm2d as LazyBatchNorm2d
 from batchnorm.nn.lazy import LazyBatchNorm3d as LazyBatchNorm3d
@@ -11,7 +15,11 @@ __all__ = [
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
+    "ConditionalBatchNorm",
+    "DomainBatchNorm",
     "LazyBatchNorm1d",
     "LazyBatchNorm2d",
     "LazyBatchNorm3d",
+    "condition",
+    "domain",
 ]

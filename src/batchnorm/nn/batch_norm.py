@@ -43,6 +43,9 @@ class Extras(Unscriptable, _Base):
     """
 
     _dimensions: ClassVar[tuple[int, ...] | None]
+    # What tools have to know of a layer: its parameters that are γ and β, and the place of the mask in its forward.
+    _affine_names: ClassVar[tuple[str, ...]] = ("weight", "bias")
+    _mask_place: ClassVar[int] = 2
     _checks_itself: ClassVar[bool] = False
     # Class-level, so that a layer made by other means (an old pickle, a changed __class__) has them.
     activation: str | None = None

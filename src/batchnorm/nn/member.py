@@ -6,7 +6,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.nn.batch_norm import Sized
 
-__all__ = ["Member"]
+__all__ = ["AnyBatchNorm", "Member"]
 
 if TYPE_CHECKING:
     _Base = Sized
@@ -23,3 +23,7 @@ class Member(_Base):
     """
 
     _dimensions: ClassVar[None] = None
+
+
+class AnyBatchNorm(Member):
+    """Plain batch norm for any number of axes behind the channels: what other layers hold."""
