@@ -70,8 +70,8 @@ class DomainBatchNorm(Unscriptable, Module):
         ModelError: a residual or a mask where `torch.nn.SyncBatchNorm` has taken the place of the inner layers.
 
     Source:
-        Xie et al., Adversarial Examples Improve Image Recognition, 2020, arXiv:1911.09665 (auxiliary batch norms); Chang
-        et al., Domain-Specific Batch Normalization for Unsupervised Domain Adaptation, 2019, arXiv:1906.03950.
+        Xie et al., Adversarial Examples Improve Image Recognition, 2020, arXiv:1911.09665 (auxiliary batch norms);
+        Chang et al., Domain-Specific Batch Normalization for Unsupervised Domain Adaptation, 2019, arXiv:1906.03950.
 
     Example:
         >>> import torch, batchnorm

@@ -34,8 +34,8 @@ class Rebuilt:
     """How `convert` comes to a member whose layers are new modules, and from it.
 
     `make(layer, options)` is given a layer of another class, which it may take apart, and those of the options that
-    `options` names. `back(layer, kept)` gives a layer of its own with the numbers of a part, which the user names by the
-    option `kept`. Either returns the reason where it cannot.
+    `options` names. `back(layer, kept)` gives a layer of its own with the numbers of a part, which the user names by
+    the option `kept`. Either returns the reason where it cannot.
     """
 
     make: Callable[[torch.nn.Module, Mapping[str, Any]], torch.nn.Module | str]
