@@ -144,7 +144,7 @@ def test_no_domain_and_unknown_ones() -> None:
         batchnorm.InputError, match=r"domain: got none, expected one of 'source', 'target'\. Write"
     ):
         layer(x)
-    with pytest.raises(batchnorm.InputError, match="got 'Source', expected one of 'source', 'target'$"):
+    with pytest.raises(batchnorm.InputError, match=r"got 'Source', expected one of 'source', 'target'$"):
         layer(x, domain="Source")
     with batchnorm.domain("clean"), pytest.raises(batchnorm.InputError, match="got 'clean'"):
         layer(x)
@@ -166,7 +166,9 @@ def test_domains_that_are_no_names(wrong) -> None:
         batchnorm.DomainBatchNorm(2, wrong)
 
 
-@pytest.mark.parametrize("wrong", ["", "a.b", "train", "forward", "weight", "running_mean", "num_features", "a"])
+@pytest.mark.parametrize(
+    "wrong", ["", "a.b", "train", "forward", "weight", "running_mean", "num_features", "a"]
+)
 def test_names_that_hide_something(wrong: str) -> None:
     with pytest.raises(batchnorm.InputError, match="domains: got"):
         batchnorm.DomainBatchNorm(2, ("a", wrong))
@@ -221,7 +223,8 @@ def test_one_parameter_for_all_domains_and_one_for_each() -> None:
 
 
 @pytest.mark.parametrize(
-    "copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), lambda m: m.half(), lambda m: m.to("cpu")]
+    "copied",
+    [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), lambda m: m.half(), lambda m: m.to("cpu")],
 )
 def test_sharing_survives(copied) -> None:
     layer = batchnorm.DomainBatchNorm(2, ("a", "b"), default="b", eps=0.1)
@@ -261,9 +264,7 @@ def test_a_plain_checkpoint_fills_every_domain(shared: bool, assign: bool) -> No
     torchs.num_batches_tracked.fill_(7)
     state = nn.Sequential(nn.Identity(), torchs).state_dict()
     keys = list(state)
-    net = nn.Sequential(
-        nn.Identity(), batchnorm.DomainBatchNorm(2, ("a", "b", "c"), shared_affine=shared)
-    )
+    net = nn.Sequential(nn.Identity(), batchnorm.DomainBatchNorm(2, ("a", "b", "c"), shared_affine=shared))
     net.load_state_dict(state, assign=assign)
     assert list(state) == keys
     x = torch.randn(3, 2, 2, 2)

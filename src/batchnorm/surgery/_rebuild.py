@@ -80,5 +80,7 @@ def make(
 def ready_copy(module: nn.Module) -> tuple[nn.Module | None, str]:
     """A copy of a plain layer with its very parameters, to make another of; or why there is none."""
     known = family_of(type(module))
-    reason = _unfit(module) or unconvertible(module, () if known is None or known[2] else (type(module),))
+    classes = () if known is None or known[2] else (type(module),)
+    reason = "" if isinstance(module, Frozen) else unconvertible(module, classes)
+    reason = reason or _unfit(module)
     return (None, reason) if reason else (copied(module, share_parameters=True), "")
