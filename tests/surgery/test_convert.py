@@ -182,7 +182,7 @@ def test_dry_run() -> None:
 
 
 def test_an_option_that_is_misspelled() -> None:
-    known = "expected one of eps, momentum, activation, negative_slope, nonfinite, backend$"
+    known = "expected one of eps, momentum, activation, negative_slope, nonfinite, single, backend$"
     with pytest.raises(batchnorm.InputError, match=rf"option of BatchNorm\dd: got 'nonfinit', {known}"):
         batchnorm.convert(net(), "batchnorm", nonfinit="skip")
     with pytest.raises(batchnorm.InputError, match=r"got 'nonfinite', expected one of eps, momentum$"):

@@ -49,6 +49,13 @@ def convert(
     layer, an optimizer stays valid, and parameters, buffers, hooks, mode, eps, momentum and names in the state dict are
     what they were. (`torch.nn.SyncBatchNorm.convert_sync_batchnorm` makes new layers and loses some of that.)
 
+    "domain" and "conditional" are the exception, whose layers hold other parameters: a new module stands in the layer's
+    place, wherever that was. Every domain, or class, begins with the layer's numbers, so that the network computes what
+    it did. A domain layer has the very weight and bias of the layer (`shared_affine=False`: its first domain has), a
+    conditional one has new parameters; names in the state dict change; a layer with hooks is skipped. Back from them an
+    option says whose numbers stay: `convert(model, "batchnorm", domain="clean")`, or `condition=3`. Without it they are
+    left alone, and so is one whose domain or condition the traced forward gives as an argument.
+
     Skipped, each with the reason: subclasses, which may do more than their base; parametrized and frozen layers; a
     layer with an activation, or called with a residual or a mask, if the new class has none of that; a lazy layer if
     the new class has no lazy form; and SyncBatchNorm where nothing says for how many axes it is: neither `to`, nor the
@@ -56,15 +63,16 @@ def convert(
 
     Args:
         model: any module.
-        to: "batchnorm" (this package's), "torch", "torch-sync", or a class among these. A class for one number of
-            axes, as BatchNorm2d, takes the layers for that number only.
+        to: "batchnorm" (this package's), "torch", "torch-sync", "domain", "conditional", or a class among these. A
+            class for one number of axes, as BatchNorm2d, takes the layers for that number only.
         inplace: change `model` itself; else a deep copy is changed.
         dry_run: change nothing, and return what would be changed.
         options: attributes of the new layers, as in the constructor: `process_group`, `nonfinite`, `backend`, `eps`,
-            `momentum`, ...
+            `momentum`, ...; and `domain` or `condition`, whose numbers stay.
 
     Returns:
-        Changes: `model` has the converted layers; `revert()` gives every layer back its class and options.
+        Changes: `model` has the converted layers; `revert()` gives every layer back its class and options, or puts the
+        very layers of before in place again.
 
     Raises:
         InputTypeError: `model` is no module, `to` is neither a name nor a class, `eps` or `momentum` no number.
