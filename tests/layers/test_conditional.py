@@ -6,6 +6,7 @@ import threading
 
 import pytest
 import torch
+import torch._dynamo.testing
 import torch.nn.functional as F
 from helpers import ACTIVATIONS, SLOPE, lay_out
 from torch import Tensor, nn
@@ -210,9 +211,12 @@ def test_condition_from_a_block() -> None:
     net, x = nn.Sequential(nn.Linear(2, 3), layer_of(dtype=torch.float32), nn.ReLU()), torch.randn(4, 2)
     labels, others = torch.tensor([0, 1, 2, 3]), torch.tensor([3, 3, 3, 3])
     layer = net[1]
+    outside = layer(net[0](x), others)
     with batchnorm.condition(labels):
         torch.testing.assert_close(net(x), layer(net[0](x), labels).relu())
         torch.testing.assert_close(layer(net[0](x), others), layer(net[0](x), condition=others))
+        assert not torch.equal(layer(net[0](x), others), layer(net[0](x), labels))
+        torch.testing.assert_close(layer(net[0](x), others), outside)
         with pytest.raises(ZeroDivisionError), batchnorm.condition(others, net):
             torch.testing.assert_close(net(x), layer(net[0](x), others).relu())
             raise ZeroDivisionError
@@ -304,8 +308,9 @@ def test_checkpoints(assign: bool) -> None:
     layer.load_state_dict(state, assign=assign)
     assert "weight" in state
     torch.testing.assert_close(layer.eval()(x, LABELS), plain.eval()(x))
+    first = plain.weight.tolist()
     layer.class_weight.data[1] = 7
-    assert layer.class_weight[0, 0] == plain.weight[0]
+    assert layer.class_weight[0].tolist() == plain.weight.tolist() == first
     again = batchnorm.ConditionalBatchNorm(3, CLASSES)
     again.load_state_dict(layer.state_dict())
     torch.testing.assert_close(again.eval()(x, LABELS), layer(x, LABELS))
@@ -354,6 +359,12 @@ def test_function_transforms() -> None:
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method:DeprecationWarning")  # the compiler's own
 def test_compiled() -> None:
     torch._dynamo.reset()
+    frames = torch._dynamo.testing.CompileCounter()
+    counted = torch.compile(nn.Sequential(layer_of()), fullgraph=True, backend=frames)
+    for shift in range(3):
+        with batchnorm.condition((LABELS + shift) % CLASSES):
+            counted(torch.randn(4, 3).double())
+    assert frames.frame_count == 1
     layer = layer_of(dtype=torch.float32, activation="silu")
     plain, compiled = copy.deepcopy(layer), torch.compile(nn.Sequential(layer), fullgraph=True)
     for labels in (LABELS, LABELS.flip(0)):

@@ -8,6 +8,7 @@ from surgery_helpers import names, notes, randomize, reasons
 from torch import nn
 
 import batchnorm
+from batchnorm.nn.families import FAMILIES, Family, register
 
 X = torch.randn(8, 3, 6, 6)
 LABELS = torch.arange(8) % 3
@@ -71,6 +72,43 @@ def test_there_and_back(to: str, options, keep, inplace: bool) -> None:
     assert (again is model) == ([again[1], again[5]] == layers) == inplace
     assert [type(again[i]) for i in (1, 5)] == [type(layer) for layer in layers]
     torch.testing.assert_close(again.state_dict(), state, rtol=0, atol=0)
+
+
+def test_the_class_that_is_kept_and_statistics_of_its_own() -> None:
+    made = batchnorm.convert(net(), "conditional", num_classes=3).model
+    randomize(made)
+    for name in ("class_weight", "class_bias"):
+        nn.init.normal_(getattr(made[1], name))
+    state = copy.deepcopy(made.state_dict())
+    for kept in range(3):
+        back = batchnorm.convert(made, "batchnorm", condition=kept, inplace=True)
+        assert torch.equal(made[1].weight, state["1.class_weight"][kept])
+        assert torch.equal(made[1].bias, state["1.class_bias"][kept])
+        made.train()(X)
+        back.revert()
+        torch.testing.assert_close(made.state_dict(), state, rtol=0, atol=0)
+
+
+def test_the_batch_norms_inside_stay_in_their_place() -> None:
+    class Ghost(batchnorm.BatchNorm2d):
+        pass
+
+    register(Family("ghost-test", {2: Ghost}))
+    try:
+        made = batchnorm.convert(net(), "domain", domains=("a", "b")).model
+        inside = batchnorm.convert(made, "ghost-test")
+        assert names(inside) == ["1.a", "1.b"]
+        assert "say whose to keep" in reasons(inside)["1"]
+        assert type(inside.model[1].b) is Ghost
+        assert inside.model[1].a.weight is inside.model[1].b.weight
+        kept = batchnorm.convert(made, "ghost-test", domain="a")
+        assert names(kept) == ["1"]
+        assert {*reasons(kept)} == {"5"}
+        assert type(kept.model[1]) is Ghost
+    finally:
+        del FAMILIES["ghost-test"]
+    direct = nn.Sequential(batchnorm.DomainBatchNorm(3))
+    assert {*reasons(batchnorm.convert(direct, "batchnorm"))} == {"0"}
 
 
 @pytest.mark.parametrize("to", ["torch", "torch-sync"])
