@@ -8,6 +8,7 @@ __version__ = "0.1.0"
 # Public name -> the module that defines it. Nothing is imported before it is used, so that
 # `import batchnorm` costs nothing and the command line answers `--help` without importing torch.
 _HOME = {
+    "Accumulation": "stats",
     "Adapted": "stats",
     "Averaged": "stats",
     "BackendError": "_errors",
@@ -15,11 +16,14 @@ _HOME = {
     "BatchNorm2d": "nn",
     "BatchNorm3d": "nn",
     "BatchNormError": "_errors",
+    "BatchRenorm": "nn",
     "Changes": "_walk",
     "Comparison": "comparison",
     "ConditionalBatchNorm": "nn",
     "DataError": "_errors",
     "DomainBatchNorm": "nn",
+    "FrozenBatchNorm": "nn",
+    "GhostBatchNorm": "nn",
     "InputError": "_errors",
     "InputTypeError": "_errors",
     "LazyBatchNorm1d": "nn",
@@ -32,7 +36,10 @@ _HOME = {
     "Recalibration": "stats",
     "Trace": "explain",
     "Translation": "stats",
+    "VirtualBatchNorm": "nn",
+    "WhitenedBatchNorm": "nn",
     "absorb_bias": "surgery",
+    "accumulate": "stats",
     "adapt": "stats",
     "averaged": "stats",
     "batch_norm": "functional",
@@ -49,6 +56,7 @@ _HOME = {
     "merge_statistics": "stats",
     "parameter_groups": "stats",
     "recalibrate": "stats",
+    "reference_batch": "nn",
     "remove": "surgery",
     "to_framework": "stats",
     "trace": "explain",
@@ -75,19 +83,27 @@ if TYPE_CHECKING:
     from batchnorm.nn import BatchNorm1d as BatchNorm1d
     from batchnorm.nn import BatchNorm2d as BatchNorm2d
     from batchnorm.nn import BatchNorm3d as BatchNorm3d
+    from batchnorm.nn import BatchRenorm as BatchRenorm
     from batchnorm.nn import ConditionalBatchNorm as ConditionalBatchNorm
     from batchnorm.nn import DomainBatchNorm as DomainBatchNorm
+    from batchnorm.nn import FrozenBatchNorm as FrozenBatchNorm
+    from batchnorm.nn import GhostBatchNorm as GhostBatchNorm
     from batchnorm.nn import LazyBatchNorm1d as LazyBatchNorm1d
     from batchnorm.nn import LazyBatchNorm2d as LazyBatchNorm2d
     from batchnorm.nn import LazyBatchNorm3d as LazyBatchNorm3d
+    from batchnorm.nn import VirtualBatchNorm as VirtualBatchNorm
+    from batchnorm.nn import WhitenedBatchNorm as WhitenedBatchNorm
     from batchnorm.nn import condition as condition
     from batchnorm.nn import domain as domain
+    from batchnorm.nn import reference_batch as reference_batch
     from batchnorm.ops import explain_backend as explain_backend
+    from batchnorm.stats import Accumulation as Accumulation
     from batchnorm.stats import Adapted as Adapted
     from batchnorm.stats import Averaged as Averaged
     from batchnorm.stats import RecalibratedLayer as RecalibratedLayer
     from batchnorm.stats import Recalibration as Recalibration
     from batchnorm.stats import Translation as Translation
+    from batchnorm.stats import accumulate as accumulate
     from batchnorm.stats import adapt as adapt
     from batchnorm.stats import averaged as averaged
     from batchnorm.stats import from_framework as from_framework

@@ -8,8 +8,9 @@ from torch import Tensor
 from batchnorm import ops
 from batchnorm._activations import activation_named
 from batchnorm._errors import InputError, InputTypeError, message
+from batchnorm.ops import HELD
 
-__all__ = ["SINGLE", "Single", "batch_norm", "check_residual", "layer_batch_norm"]
+__all__ = ["SINGLE", "Single", "batch_norm", "check_call", "check_residual", "layer_batch_norm"]
 
 Single = Literal["error", "running", "zero"]
 SINGLE: tuple[Single, ...] = get_args(Single)
@@ -43,6 +44,9 @@ def batch_norm(
     The positional arguments are those of `torch.nn.functional.batch_norm`. In training the mean and the biased
     variance are those of the batch, per channel over N and S, and the running statistics move towards the batch's
     mean and unbiased variance: running ← (1 − momentum)·running + momentum·batch. In eval they are the running ones.
+
+    They move in forward alone: a call inside a backward pass, where activation checkpointing computes a forward again,
+    leaves them as they are. (A first forward there, as in a hook on a gradient, does so, too.)
 
     Args:
         input: shape (N, C, *S), floating point.
@@ -144,6 +148,12 @@ def layer_batch_norm(
 
     One call, wrapped for torch.fx, so that symbolic tracing sees no control flow and records no update.
     """
+    if HELD and torch.compiler.is_compiling():
+        return ops.uncompiled(
+            layer_batch_norm, input, running_mean, running_var, num_batches_tracked, weight, bias, training, momentum,
+            eps, activation, slope, residual, mask, skip_nonfinite, backend, dimensions, inplace, recompute, single,
+            policy,
+        )  # fmt: skip
     _check_input(input, dimensions)
     activation_named(activation)
     _check_statistics(running_mean, running_var, training, eps)
@@ -152,19 +162,27 @@ def layer_batch_norm(
     if mask is not None:
         mask = _expand_mask(input, mask)
     policy = policy if training else None
-    call = ops.call_of(
-        input, training, activation, residual is not None, mask is not None, policy is not None
+    name = ops.choose(
+        input,
+        training,
+        activation,
+        residual is not None,
+        mask is not None,
+        policy is not None,
+        backend,
+        not training and ops.is_traced(input),
     )
-    name = ops.choose(call, backend, not training and ops.is_traced(input))
     if not ops.is_jit_tracing():  # there a size is a tensor, and a check on it is a warning
-        _check_per_channel(
-            input,
-            name == "aten" or (name in ops.COMPOSED and backend is None),
-            running_mean=running_mean,
-            running_var=running_var,
-            weight=weight,
-            bias=bias,
-        )
+        same_dtype = name == "aten" or (name in ops.COMPOSED and backend is None)
+        if not (same_dtype and _fits(input, running_mean, running_var, weight, bias)):
+            _check_per_channel(
+                input,
+                same_dtype,
+                running_mean=running_mean,
+                running_var=running_var,
+                weight=weight,
+                bias=bias,
+            )
         if residual is not None:
             check_residual(input, residual)
     if inplace:
@@ -182,6 +200,10 @@ def layer_batch_norm(
         running = None
         if running_mean is not None and running_var is not None:
             running = ops.Running(running_mean, running_var, num_batches_tracked, momentum, skip_nonfinite)
+            if ops.is_recomputation():
+                running = ops.uncounted(running, name)
+            elif HELD:
+                running = ops.held(running)
         arguments = (input, weight, bias, residual, mask, running)
         if policy is None:
             output = ops.train(*arguments, 1, eps, activation, slope, name)
@@ -223,15 +245,15 @@ def _check_input(input: Tensor, dimensions: tuple[int, ...] | None) -> None:
         )
 
 
-def _fits(input: Tensor, per_channel: dict[str, Tensor | None]) -> bool:
-    """Whether all is as in the usual call: seen at a fifth of the price of saying what is wrong."""
-    shape, dtype, device = (input.shape[1],), input.dtype, input.device
-    for tensor in per_channel.values():
+def _fits(input: Tensor, *per_channel: Tensor | None) -> bool:
+    """Whether all is as in the usual call: seen at a tenth of the price of saying what is wrong."""
+    shape, dtype, cpu = (input.shape[1],), input.dtype, input.is_cpu
+    for tensor in per_channel:
         if tensor is not None and not (
             isinstance(tensor, Tensor)
             and tensor.dtype is dtype
             and tensor.shape == shape
-            and tensor.device == device
+            and (tensor.is_cpu if cpu else tensor.device == input.device)
         ):
             return False
     return True
@@ -240,8 +262,6 @@ def _fits(input: Tensor, per_channel: dict[str, Tensor | None]) -> bool:
 def _check_per_channel(input: Tensor, same_dtype: bool, **per_channel: Tensor | None) -> None:
     """One value a channel on the input's device; with `same_dtype`, by PyTorch's rule for dtypes, too."""
     channels, dtype, device = input.shape[1], input.dtype, input.device
-    if same_dtype and _fits(input, per_channel):
-        return
     for name, tensor in per_channel.items():
         if tensor is None:
             continue
@@ -278,8 +298,12 @@ def _check_per_channel(input: Tensor, same_dtype: bool, **per_channel: Tensor | 
 
 
 def _is_single(input: Tensor) -> bool:
-    """Whether there is one value per channel."""
-    return not ops.is_jit_tracing() and input.shape[0] * input.shape[2:].numel() == 1
+    """Whether there is one value per channel. The first question costs a quarter of the last, and is seldom yes."""
+    return (
+        input.numel() == input.shape[1]
+        and not ops.is_jit_tracing()
+        and input.shape[0] * input.shape[2:].numel() == 1
+    )
 
 
 def _train_single(input: Tensor, running_mean: Tensor | None, single: Single) -> bool:
@@ -397,3 +421,26 @@ def _holds_values(mask: Tensor) -> bool:
         and not torch._C._are_functorch_transforms_active()
         and torch._C._len_torch_dispatch_stack() == 0
     )
+
+
+def check_call(
+    input: Tensor,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    training: bool,
+    single: Single,
+    **per_channel: Tensor | None,
+) -> tuple[Tensor | None, bool]:
+    """The checks of `layer_batch_norm` for a layer that composes PyTorch's own operators.
+
+    Returns:
+        The mask as (N, *S), and whether to train: not on one value per channel if `single` says so.
+    """
+    _check_input(input, None)
+    if not ops.is_jit_tracing():
+        _check_per_channel(input, False, **per_channel)
+        if residual is not None:
+            check_residual(input, residual)
+    if training and mask is None and _is_single(input):
+        training = _train_single(input, per_channel.get("running_mean"), single)
+    return None if mask is None else _expand_mask(input, mask), training

@@ -213,6 +213,9 @@ def samples() -> dict[str, list[tuple[Any, ...]]]:
         calls["backward"].append((dy, x, mean, var, count, *tail, EPS, *end))
         calls["moments"].append((x, mask, groups, BACKEND))
         calls["normalize"].append((lx, mean, invstd, lw, lb, lr, mask, *end))
+        calls["normalize_by_batch"].append(
+            (lx, mean, invstd, count, lw, lb, lr, mask, EPS, activation, SLOPE, None, BACKEND)
+        )
         calls["grad_sums"].append((dy, x, mean, invstd, *tail, *end))
         calls["grad_input"].append((dy, x, mean, invstd, *tail, *sums, count, *end))
     one = torch.full((1, 2), 2.0, dtype=torch.float64)
@@ -224,7 +227,16 @@ def samples() -> dict[str, list[tuple[Any, ...]]]:
     return calls
 
 
-NAMES = ["forward", "backward", "moments", "normalize", "grad_sums", "grad_input", "update_running_"]
+NAMES = [
+    "forward",
+    "backward",
+    "moments",
+    "normalize",
+    "normalize_by_batch",
+    "grad_sums",
+    "grad_input",
+    "update_running_",
+]
 
 
 def test_these_are_all_the_operators() -> None:

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypedDict
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from batchnorm._errors import InputError, ModelError, message
 from batchnorm.functional import SINGLE, Single, layer_batch_norm
 from batchnorm.nn._unscriptable import Unscriptable
 
-__all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "Extras", "Memory", "NonFinite", "Sized"]
+__all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "Extras", "Memory", "NonFinite", "Options", "Sized"]
 
 # torch.fx looks the wrapped function up in the module that calls it.
 torch.fx.wrap("layer_batch_norm")
@@ -26,6 +26,17 @@ else:
 
 NonFinite = Literal["propagate", "skip"]
 Memory = Literal["keep", "recompute"]
+
+
+class Options(TypedDict, total=False):
+    """The keyword arguments that every layer has beyond its own; `BatchNorm1d` says what each does."""
+
+    bias: bool
+    activation: str | None
+    negative_slope: float
+    nonfinite: NonFinite
+    single: Single
+    backend: str | None
 
 
 def _own(held: Mapping[str, Tensor | None], name: str, module: Module) -> Tensor | None:
@@ -47,6 +58,8 @@ class Extras(Unscriptable, _Base):
     _affine_names: ClassVar[tuple[str, ...]] = ("weight", "bias")
     _mask_place: ClassVar[int] = 2
     _checks_itself: ClassVar[bool] = False
+    # Whether it computes what PyTorch's layer of the same numbers does, activation aside.
+    _is_plain: ClassVar[bool] = True
     # Class-level, so that a layer made by other means (an old pickle, a changed __class__) has them.
     activation: str | None = None
     negative_slope: float = 0.01
@@ -98,19 +111,20 @@ class Extras(Unscriptable, _Base):
         if self._checks_itself:
             self._check_input_dim(input)  # type: ignore[no-untyped-call]
         training, tracking = self.training, self.track_running_stats
+        parameters, buffers = self._parameters, self._buffers
         running_mean = running_var = counter = None
         if not training or tracking:
-            running_mean = _own(self._buffers, "running_mean", self)
-            running_var = _own(self._buffers, "running_var", self)
+            running_mean = _own(buffers, "running_mean", self)
+            running_var = _own(buffers, "running_var", self)
         if training and tracking:
-            counter = _own(self._buffers, "num_batches_tracked", self)
+            counter = _own(buffers, "num_batches_tracked", self)
         return layer_batch_norm(
             input,
             running_mean,
             running_var,
             counter,
-            _own(self._parameters, "weight", self),
-            _own(self._parameters, "bias", self),
+            _own(parameters, "weight", self),
+            _own(parameters, "bias", self),
             training or (running_mean is None and running_var is None),
             self.momentum,
             self.eps,
@@ -149,14 +163,20 @@ class Extras(Unscriptable, _Base):
         return text
 
     def named_children(self) -> Iterator[tuple[str, Module]]:
-        """The layer's children; refuses torch.nn.SyncBatchNorm.convert_sync_batchnorm if there is an activation."""
+        """The layer's children; refuses torch.nn.SyncBatchNorm.convert_sync_batchnorm where it would lose something."""
         # torch.nn.SyncBatchNorm.convert_sync_batchnorm builds a new layer from the few attributes that it knows and
-        # would drop the activation without a word. It asks a layer for its children last: the one place to refuse.
-        if self.activation is not None and sys._getframe(1).f_code.co_name == "convert_sync_batchnorm":
+        # would drop the rest without a word. It asks a layer for its children last: the one place to refuse.
+        if (self.activation is not None or not self._is_plain) and (
+            sys._getframe(1).f_code.co_name == "convert_sync_batchnorm"
+        ):
+            name = type(self).__name__
+            lost = (
+                f"the activation {self.activation!r} of a {name}" if self._is_plain else f"what a {name} does"
+            )
             raise ModelError(
-                f"convert_sync_batchnorm would drop the activation {self.activation!r} of a "
-                f"{type(self).__name__}({self.num_features}): build the layer with activation=None and put the "
-                "activation behind it as a module of its own, then convert."
+                f"convert_sync_batchnorm would drop {lost}({self.num_features}): use "
+                "batchnorm.convert(model, 'sync'), which keeps an activation, or convert the layers to "
+                "torch.nn's first."
             )
         children: Iterator[tuple[str, Module]] = super().named_children()
         return children
@@ -197,6 +217,11 @@ class BatchNorm1d(Sized, torch.nn.BatchNorm1d):
     In training, mean and biased variance are the batch's, per channel, and the running statistics move by
     `momentum` towards the batch's mean and unbiased variance; in eval the running statistics are used. Constructor,
     defaults, buffers, `state_dict` and errors are those of `torch.nn.BatchNorm1d`.
+
+    A forward that is computed again in a backward pass, as by `torch.utils.checkpoint`, gives the same bits and counts
+    once, where PyTorch's layers move their running statistics a second time. A first forward inside a backward pass (a
+    loss in a gradient's hook) cannot be told from that and does not count either; a checkpoint around a module that
+    `torch.compile` has compiled still counts twice, and one inside of what is compiled once.
 
     Wrong to use where a batch holds only a few values per channel (the statistics are noise), or where the batches
     of training and of use come from different distributions.

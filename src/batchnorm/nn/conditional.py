@@ -1,7 +1,6 @@
 """ConditionalBatchNorm: γ and β of each sample by its class, or given by the caller."""
 
-import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -11,7 +10,7 @@ from torch.nn import functional as F
 
 from batchnorm import ops
 from batchnorm._activations import activation_named
-from batchnorm._errors import InputError, InputTypeError, ModelError, message
+from batchnorm._errors import InputError, InputTypeError, message
 from batchnorm.functional import Single, check_residual, layer_batch_norm
 from batchnorm.nn._scopes import Scope, Told
 from batchnorm.nn.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d, NonFinite
@@ -223,19 +222,6 @@ class ConditionalBatchNorm(Member):
         return text.replace(plain, f"num_classes={self.num_classes}{bias}").replace(
             f"affine={self.affine}", f"num_classes={self.num_classes}{bias}"
         )
-
-    def named_children(self) -> Iterator[tuple[str, Module]]:
-        """None; refuses torch.nn.SyncBatchNorm.convert_sync_batchnorm, which would drop γ and β of each sample."""
-        if sys._getframe(1).f_code.co_name == "convert_sync_batchnorm":  # as in Extras
-            raise ModelError(
-                message(
-                    "convert_sync_batchnorm",
-                    got=f"a {type(self).__name__}({self.num_features})",
-                    expected="layers with a weight and a bias of one value a channel",
-                    fix="Keep one class first: batchnorm.convert(model, 'batchnorm', condition=0).",
-                )
-            )
-        return super().named_children()
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *arguments: Any, **keywords: Any

@@ -23,7 +23,10 @@ class Member(_Base):
     """
 
     _dimensions: ClassVar[None] = None
+    _is_plain = False
 
 
 class AnyBatchNorm(Member):
     """Plain batch norm for any number of axes behind the channels: what other layers hold."""
+
+    _is_plain = True

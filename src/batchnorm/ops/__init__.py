@@ -17,12 +17,12 @@ from batchnorm.ops.backends import (
     BackendChoice,
     Call,
     Candidate,
-    call_of,
     check_name,
     choose,
     explain_backend,
     kernels_of,
 )
+from batchnorm.ops.held import HELD, Held, Take, held, moved, uncompiled
 from batchnorm.ops.inplace import check_inplace, normalize_
 from batchnorm.ops.policy import Policy, Statistics, merged, train_by
 from batchnorm.ops.recompute import CAN_SEE, CHAIN, can_recompute, look_behind, look_behind_output, remember
@@ -31,29 +31,41 @@ __all__ = [
     "CAN_SEE",
     "CHAIN",
     "COMPOSED",
+    "HELD",
     "BackendChoice",
     "Call",
     "Candidate",
     "Policy",
     "Running",
     "Statistics",
-    "call_of",
+    "Take",
     "can_recompute",
     "check_inplace",
     "check_name",
     "choose",
     "explain_backend",
+    "held",
     "is_jit_tracing",
+    "is_recomputation",
     "is_traced",
     "look_behind",
     "look_behind_output",
     "merged",
+    "moments",
+    "moved",
     "normalize",
     "normalize_",
     "remember",
     "train",
     "train_by",
+    "uncompiled",
+    "uncounted",
 ]
+
+
+# Bound once: the look-ups through torch would be a third of the price.
+_is_compiling = torch.compiler.is_compiling
+_graph_task = torch._C._current_graph_task_id
 
 
 def is_jit_tracing() -> bool:
@@ -72,6 +84,23 @@ def _is_traced(input: Tensor) -> bool:
 def is_traced(input: Tensor) -> bool:
     """Whether anything but plain execution looks on: a compiler, an export, a function transform, a mode."""
     return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or _is_traced(input)
+
+
+def is_recomputation() -> bool:
+    """Whether a backward pass is running in this thread, so that a forward can only be one that is done again.
+
+    Activation checkpointing and functions that recompute in their backward do that; what the first forward has counted
+    must not count again. Where code is traced the answer is no: a compiler repeats no mutation. 0.1 µs.
+    """
+    return not _is_compiling() and _graph_task() != -1
+
+
+def uncounted(running: Running, backend: str) -> Running | None:
+    """What a forward that is computed again is given to update."""
+    if backend != "aten":
+        return None
+    # PyTorch's operator saves the buffers for its backward, and checkpoint compares what is saved with the first time.
+    return running._replace(mean=running.mean.clone(), var=running.var.clone(), num_batches_tracked=None)
 
 
 def _refuse_shared_buffers(mean: Tensor, running_mean: Tensor) -> None:
@@ -103,9 +132,13 @@ def train(
 ) -> Tensor:
     """Normalize by the batch's own statistics, and update the running ones and their counter."""
     if backend in COMPOSED and mask is None and groups == 1 and not is_traced(input):
-        return eager.train(
-            kernels_of(backend), input, weight, bias, residual, running, eps, activation, slope
-        )
+        kernels = kernels_of(backend)
+        if type(running) is not Held:
+            return eager.train(kernels, input, weight, bias, residual, running, eps, activation, slope)
+        lent = running.lend()
+        output = eager.train(kernels, input, weight, bias, residual, lent, eps, activation, slope)
+        running.take_back(lent, input.numel() // max(1, input.shape[1]))
+        return output
     if running is not None and running.num_batches_tracked is not None:
         running.num_batches_tracked.add_(1)
     if backend == "aten":
@@ -121,11 +154,20 @@ def train(
         )
         if running is not None:
             _refuse_shared_buffers(mean, running.mean)
-            reference.update_running_(*running[:3], mean.detach(), var.detach(), count.detach(), *running[3:])
+            running.update(reference, mean.detach(), var.detach(), count.detach())
         return output
     if _is_traced(input):
         return traced.train(*arguments)
     return eager.Train.apply(*arguments)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def moments(input: Tensor, mask: Tensor | None = None, groups: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean and m2 = Σ(x − mean)² of every group of samples, (G, C), and the counts (G, 1); no gradient."""
+    # The backend is that of a call with a policy: one that has this primitive.
+    name = choose(input, True, None, False, mask is not None, True, None)
+    with torch.no_grad():
+        found: tuple[Tensor, Tensor, Tensor] = kernels_of(name).moments(input.detach(), mask, groups)
+    return found
 
 
 def normalize(

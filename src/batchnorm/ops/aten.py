@@ -3,7 +3,7 @@
 Every transform of PyTorch knows these operators: autograd to any order, vmap, compile, export, ONNX.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +22,10 @@ class Running(NamedTuple):
     num_batches_tracked: Tensor | None
     momentum: float | None
     skip_nonfinite: bool
+
+    def update(self, kernels: Any, mean: Tensor, var: Tensor, count: Tensor) -> None:
+        """Move the buffers by a batch that has been counted: mean and biased variance (1, C), count (1, 1)."""
+        kernels.update_running_(*self[:3], mean, var, count, *self[3:])
 
 
 def batch_norm(
@@ -91,5 +95,5 @@ def _train(
     n = input.numel() // max(1, input.shape[1])
     count = torch.full((1, 1), torch.sym_float(n), dtype=torch.float64, device=input.device)
     biased = var.double() * ((n - 1) / n) if n else var.double()
-    reference.update_running_(*running[:3], mean.double()[None], biased[None], count, *running[3:])
+    running.update(reference, mean.double()[None], biased[None], count)
     return y

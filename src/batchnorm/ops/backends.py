@@ -24,7 +24,6 @@ __all__ = [
     "Call",
     "Candidate",
     "bits_of",
-    "call_of",
     "check_name",
     "choose",
     "explain_backend",
@@ -33,7 +32,7 @@ __all__ = [
 
 
 class Call(NamedTuple):
-    """All that the choice of a backend may depend on. A named tuple: a frozen dataclass costs 0.6 µs more a call."""
+    """All that the choice of a backend may depend on."""
 
     device: str
     dtype: torch.dtype
@@ -230,27 +229,33 @@ def check_name(backend: str | None) -> None:
         )
 
 
-def call_of(
-    input: Tensor, training: bool, activation: str | None, residual: bool, mask: bool, policy: bool = False
-) -> Call:
-    """What the choice depends on, read off the arguments."""
-    return Call(input.device.type, input.dtype, training, activation, residual, mask, 1, policy)
+_chosen: dict[tuple[object, ...], str] = {}
 
 
-_chosen: dict[tuple[Call, str | None, bool], str] = {}
-
-
-def choose(call: Call, backend: str | None, traced: bool = False) -> str:
-    """The name of the backend that runs `call`: the one asked for, or the first that does not refuse.
+def choose(
+    input: Tensor,
+    training: bool,
+    activation: str | None,
+    residual: bool,
+    mask: bool,
+    policy: bool,
+    backend: str | None,
+    traced: bool = False,
+) -> str:
+    """The name of the backend that runs a call: the one asked for, or the first that does not refuse.
 
     Eval mode that is `traced` goes to aten, so that exported programs hold no operator of ours.
     """
+    device, dtype = input.device, input.dtype
     if torch.compiler.is_compiling():
+        call = Call(device.type, dtype, training, activation, residual, mask, 1, policy)
         return _choose(call, backend, traced)
     # Kept: there are some dozen kinds of call, and asking costs 1.5 µs. Not by lru_cache: the compiler warns of it.
-    name = _chosen.get((call, backend, traced))
+    key = (device, dtype, training, activation, residual, mask, policy, backend, traced)
+    name = _chosen.get(key)
     if name is None:
-        name = _chosen[call, backend, traced] = _choose(call, backend, traced)
+        call = Call(device.type, dtype, training, activation, residual, mask, 1, policy)
+        name = _chosen[key] = _choose(call, backend, traced)
     return name
 
 
@@ -310,8 +315,9 @@ def explain_backend(
     if not isinstance(input, Tensor):
         raise InputTypeError(message("input", got=type(input).__name__, expected="a torch.Tensor"))
     activation_named(activation)
-    call = call_of(
-        input,
+    call = Call(
+        input.device.type,
+        input.dtype,
         training,
         activation,
         residual is not None and residual is not False,
@@ -319,7 +325,7 @@ def explain_backend(
     )
     rows = input.dim() < 3 or input.stride(1) == 1
     return BackendChoice(
-        chosen=choose(call, None),
+        chosen=_choose(call, None, False),
         candidates=tuple(
             Candidate(backend.name, backend.refuses(call), backend.error(call, rows), backend.waits(call))
             for backend in BACKENDS.values()

@@ -67,7 +67,7 @@ class Train(torch.autograd.Function):
             input, weight, bias, residual, mask, groups, eps, activation, slope
         )
         if running is not None:
-            kernels.update_running_(*running[:3], mean, var, count, *running[3:])
+            running.update(kernels, mean, var, count)
         ctx.save_for_backward(input, weight, bias, mask, mean, var, count, keep(activation, residual, saved))
         ctx.kernels, ctx.rule, ctx.groups = kernels, (eps, activation, slope), groups
         ctx.residual_dtype = None if residual is None else residual.dtype

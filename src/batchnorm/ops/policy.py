@@ -4,21 +4,21 @@ The step is the four primitives with the policy between them:
 
     moments -> policy.statistics -> normalize          grad_sums -> policy.sums -> grad_input
 
-One autograd.Function serves eager and traced code: where code is traced it calls the registered operators.
+Eager code goes through an autograd.Function, traced code through registered operators, function transforms through the
+formula, as in plain batch norm.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from batchnorm import reference
-from batchnorm._errors import ModelError, message
-from batchnorm.ops import formula, traced
+from batchnorm.ops import by_batch, formula, traced
 from batchnorm.ops.aten import Running
 from batchnorm.ops.backends import kernels_of
 from batchnorm.ops.eager import keep, like
-from batchnorm.reference import parameter_grad
 
 __all__ = ["Policy", "Statistics", "merged", "train_by"]
 
@@ -50,12 +50,14 @@ def merged(statistics: Statistics) -> Statistics:
 class Policy:
     """Plain batch norm: the batch's own statistics. The members of the family override what they do otherwise."""
 
-    # Whether other processes have a say: then second derivatives and function transforms are refused.
+    # Whether the statistics are this process's alone. Where they are not, second derivatives and function transforms
+    # are refused, and `group` names the process group whose sums traced code takes.
     local = True
+    group: str | None = None
 
-    def groups(self, input: Tensor) -> int:
-        """G, a divisor of the batch: statistics are taken of N / G consecutive samples each."""
-        return 1
+    def parts(self, samples: int, positions: int) -> tuple[tuple[int, int], ...]:
+        """How a batch is cut: (samples, groups) one after another, groups of equal size within each."""
+        return ((samples, 1),)
 
     def statistics(self, mean: Tensor, m2: Tensor, count: Tensor) -> Statistics:
         """What the input is normalized by, from what it holds: mean and m2 (G, C), count (G, 1)."""
@@ -66,7 +68,7 @@ class Policy:
         return None
 
     def sums(self, sum_grad: Tensor, sum_grad_xhat: Tensor) -> tuple[Tensor, Tensor]:
-        """Σg and Σg·x̂ over all that the statistics were taken of, from those of the input."""
+        """Σg and Σg·x̂ over all that the statistics were taken of, from those of the input; asked if not local."""
         return sum_grad, sum_grad_xhat
 
     def population(self, statistics: Statistics) -> Statistics:
@@ -88,75 +90,46 @@ class _NormalizeByBatch(torch.autograd.Function):
         mean: Tensor,
         invstd: Tensor,
         count: Tensor,
-        policy: Policy,
         eps: float,
         activation: str | None,
         slope: float,
-        kernels: Any,
         backend: str,
+        policy: Policy,
     ) -> Tensor:
+        kernels = kernels_of(backend)
         output, saved = kernels.normalize(
             input, mean, invstd, weight, bias, residual, mask, activation, slope
         )
-        ctx.save_for_backward(
-            input, weight, bias, mask, mean, invstd, count, keep(activation, residual, saved)
-        )
-        ctx.policy, ctx.kernels, ctx.backend, ctx.eps = policy, kernels, backend, eps
-        ctx.activation, ctx.slope = activation, slope
+        kept = keep(activation, residual, saved)
+        ctx.save_for_backward(input, weight, bias, mask, mean, invstd, count, kept)
         ctx.residual_dtype = None if residual is None else residual.dtype
+        ctx.rule = (eps, activation, slope, backend, kernels)
+        ctx.sums_of_all = None if policy.local else policy.sums
         return like(output, input)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        input, weight, bias, mask, mean, invstd, count, kept = ctx.saved_tensors
-        residual = ctx.residual_dtype is not None
-        rule = (ctx.activation, ctx.slope)
-        grads: formula.Gradients
-        if torch.is_grad_enabled():
-            _refuse_unless_local(ctx.policy, "second derivatives")
-            grads = formula.gradients(
-                kernels_of(ctx.backend),
-                grad_output,
-                input,
-                weight,
-                bias,
-                kept,
-                residual,
-                mask,
-                None,
-                mean.shape[0],
-                ctx.eps,
-                *rule,
-            )
-        else:
-            common = (grad_output, input, mean, invstd, weight, bias, kept, residual, mask)
-            sums = ctx.kernels.grad_sums(*common, *rule)
-            whole = ctx.policy.sums(*sums)
-            dx, dresidual = ctx.kernels.grad_input(*common, *whole, count, *rule)
-            grads = (
-                like(dx, input),
-                None if weight is None else parameter_grad(sums[1], weight),
-                None if bias is None else parameter_grad(sums[0], bias),
-                like(dresidual, input).to(ctx.residual_dtype) if residual else None,
-            )
-        wanted = (grad if need else None for grad, need in zip(grads, ctx.needs_input_grad, strict=False))
-        return (*wanted, *(None,) * 10)
-
-
-def _refuse_unless_local(policy: Policy, what: str) -> None:
-    if not policy.local:
-        raise ModelError(
-            message(
-                f"{what} of a layer whose statistics are those of several processes",
-                got=type(policy).__name__,
-                expected="first derivatives by autograd",
-                fix="Use a layer with statistics of its own: batchnorm.convert(model, 'batchnorm').",
-            )
+        grads: formula.Gradients = by_batch.gradients(
+            ctx.saved_tensors, grad_output, ctx.residual_dtype, *ctx.rule, sums_of_all=ctx.sums_of_all
         )
+        wanted = (grad if need else None for grad, need in zip(grads, ctx.needs_input_grad, strict=False))
+        return (*wanted, *(None,) * 9)
+
+
+def _cut(tensor: Tensor | None, sizes: list[int]) -> tuple[Tensor | None, ...]:
+    """Consecutive parts of these sizes; where there is one part, the tensor itself."""
+    if tensor is None or len(sizes) == 1:
+        return (tensor,) * len(sizes)
+    parts: tuple[Tensor, ...] = tensor.split(sizes)
+    return parts
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(tuple(parts))
 
 
 def _corrected(
-    weight: Tensor | None, bias: Tensor | None, correction: tuple[Tensor, Tensor] | None, input: Tensor
+    weight: Tensor | None, bias: Tensor | None, correction: tuple[Tensor, Tensor] | None
 ) -> tuple[Tensor | None, Tensor | None]:
     """γ and β with (r, d) taken in: γ·(r·x̂ + d) + β = (γ·r)·x̂ + (γ·d + β)."""
     if correction is None:
@@ -182,45 +155,40 @@ def train_by(
     is_traced: bool,
 ) -> Tensor:
     """A training step with a policy between its halves; updates the running statistics and their counter."""
-    if running is not None and running.num_batches_tracked is not None:
-        running.num_batches_tracked.add_(1)
-    groups = policy.groups(input)
     transformed = torch._C._are_functorch_transforms_active() and not torch.compiler.is_compiling()
     kernels: Any
     if transformed:
-        _refuse_unless_local(policy, "function transforms (torch.func)")
+        by_batch.refuse_others(policy.local, "function transforms (torch.func)")
         kernels = reference
     else:
         kernels = traced.Registered(backend) if is_traced else kernels_of(backend)
+    parts = policy.parts(input.shape[0], input.shape[2:].numel())
+    sizes, groups = [size for size, _ in parts], [number for _, number in parts]
+    inputs, residuals, masks = _cut(input, sizes), _cut(residual, sizes), _cut(mask, sizes)
     with torch.set_grad_enabled(transformed and torch.is_grad_enabled()):
-        statistics = policy.statistics(*kernels.moments(input, mask, groups))
+        found = [kernels.moments(*each) for each in zip(inputs, masks, groups, strict=True)]
+        statistics = policy.statistics(*(_joined(column) for column in zip(*found, strict=True)))
         with torch.no_grad():
             correction = policy.correction(statistics, eps)
-        mean, invstd = statistics.mean, (statistics.var + eps).rsqrt()
-    weight, bias = _corrected(weight, bias, correction, input)
-    if transformed:
-        output: Tensor = reference.normalize(
-            input, mean, invstd, weight, bias, residual, mask, activation, slope
-        )[0]
-    else:
-        output = _NormalizeByBatch.apply(  # type: ignore[no-untyped-call]
-            input,
-            weight,
-            bias,
-            residual,
-            mask,
-            mean,
-            invstd,
-            statistics.counts,
-            policy,
-            eps,
-            activation,
-            slope,
-            kernels,
-            backend,
-        )
+        given = (statistics.mean, (statistics.var + eps).rsqrt(), statistics.counts)
+    weight, bias = _corrected(weight, bias, correction)
+    outputs = []
+    for x, added, valid, mean, invstd, counts in zip(
+        inputs, residuals, masks, *(_cut(each, groups) for each in given), strict=True
+    ):
+        if transformed:
+            y = reference.normalize(x, mean, invstd, weight, bias, added, valid, activation, slope)[0]
+        else:
+            arguments = (x, weight, bias, added, valid, mean, invstd, counts, eps, activation, slope, backend)
+            if is_traced:
+                y = traced.normalize_by_batch(*arguments, policy.group)
+            else:
+                y = _NormalizeByBatch.apply(*arguments, policy)  # type: ignore[no-untyped-call]
+        outputs.append(y)
     if running is not None:
+        if running.num_batches_tracked is not None:
+            running.num_batches_tracked.add_(1)
         with torch.no_grad():
-            found = policy.population(statistics)
-        kernels.update_running_(*running[:3], *(each.detach() for each in found), *running[3:])
-    return output
+            population = policy.population(statistics)
+        running.update(kernels, *(each.detach() for each in population))
+    return like(_joined(outputs), input)

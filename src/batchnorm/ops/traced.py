@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from batchnorm._activations import activation_named
-from batchnorm.ops import formula
+from batchnorm.ops import by_batch, formula
 from batchnorm.ops.aten import Running
 from batchnorm.ops.backends import bits_of, kernels_of
 from batchnorm.ops.eager import keep, like, normalize_gradients
 
-__all__ = ["Registered", "normalize", "train"]
+__all__ = ["Registered", "normalize", "normalize_by_batch", "train"]
 
 _ARGUMENTS = "Tensor? weight, Tensor? bias"
 _GIVEN = f"Tensor mean, Tensor invstd, {_ARGUMENTS}"
@@ -29,6 +29,9 @@ _SCHEMAS = {
     " -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias, Tensor grad_residual)",
     "moments": "(Tensor input, Tensor? mask, int groups, str backend) -> (Tensor mean, Tensor m2, Tensor count)",
     "normalize": f"(Tensor input, {_GIVEN}, Tensor? residual, Tensor? mask, {_RULE}) -> (Tensor output, Tensor saved)",
+    "normalize_by_batch": f"(Tensor input, Tensor mean, Tensor invstd, Tensor count, {_ARGUMENTS}, Tensor? residual,"
+    f" Tensor? mask, float eps, str? activation, float slope, str? group, str backend)"
+    " -> (Tensor output, Tensor saved)",
     "grad_sums": f"(Tensor grad_output, Tensor input, {_GIVEN}, Tensor kept, bool residual, Tensor? mask, {_RULE})"
     " -> (Tensor sum_grad, Tensor sum_grad_xhat)",
     "grad_input": f"(Tensor grad_output, Tensor input, {_GIVEN}, Tensor kept, bool residual, Tensor? mask,"
@@ -37,7 +40,13 @@ _SCHEMAS = {
     " Tensor var, Tensor count, float? momentum, bool skip_nonfinite, str backend) -> ()",
 }
 # The outputs of each operator that take the memory layout of the input.
-_LAID_OUT = {"forward": (0,), "backward": (0, 3), "normalize": (0,), "grad_input": (0, 1)}
+_LAID_OUT = {
+    "forward": (0,),
+    "backward": (0, 3),
+    "normalize": (0,),
+    "normalize_by_batch": (0,),
+    "grad_input": (0, 1),
+}
 
 
 def _define(name: str) -> None:
@@ -47,12 +56,17 @@ def _define(name: str) -> None:
 
     def call(*args: Any) -> Any:
         *arguments, backend = args
-        results = getattr(kernels_of(backend), name)(*arguments)
+        if name == "normalize_by_batch":
+            # The count, ε and the group are for its gradient.
+            input, mean, invstd, _, *rest, _, activation, slope, _ = arguments
+            results = kernels_of(backend).normalize(input, mean, invstd, *rest, activation, slope)
+        else:
+            results = getattr(kernels_of(backend), name)(*arguments)
         if not laid_out:
             return results
-        input = args[input_at]
+        model = args[input_at]
         return tuple(
-            like(result, input) if at in laid_out and result.shape == input.shape else result
+            like(result, model) if at in laid_out and result.shape == model.shape else result
             for at, result in enumerate(results)
         )
 
@@ -98,6 +112,11 @@ def _(input, mask, groups, backend):  # type: ignore[no-untyped-def]
 
 @torch.library.register_fake("batchnorm::normalize")
 def _(input, mean, invstd, weight, bias, residual, mask, activation, slope, backend):  # type: ignore[no-untyped-def]
+    return torch.empty_like(input), _saved(input, residual, activation, backend)
+
+
+@torch.library.register_fake("batchnorm::normalize_by_batch")
+def _(input, mean, invstd, count, weight, bias, residual, mask, eps, activation, slope, group, backend):  # type: ignore[no-untyped-def]
     return torch.empty_like(input), _saved(input, residual, activation, backend)
 
 
@@ -179,6 +198,31 @@ def _normalize_backward(ctx: Any, grad_output: Tensor, *_: Tensor) -> tuple[Tens
     return dx, None, None, dweight, dbias, dresidual, *(None,) * 4
 
 
+def _by_batch_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    input, mean, invstd, count, weight, bias, residual, mask, eps, activation, slope, group, backend = inputs
+    kept = keep(activation, residual, output[1])
+    ctx.save_for_backward(input, weight, bias, mask, mean, invstd, count, kept)
+    ctx.residual_dtype = None if residual is None else residual.dtype
+    ctx.rule, ctx.group = (eps, activation, slope, backend, Registered(backend)), group
+
+
+def _by_batch_backward(ctx: Any, grad_output: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    def sums_of_all(sum_grad: Tensor, sum_grad_xhat: Tensor) -> tuple[Tensor, Tensor]:
+        collectives = torch.ops._c10d_functional
+        own = torch.stack((sum_grad, sum_grad_xhat))
+        whole = collectives.wait_tensor(collectives.all_reduce(own, "sum", ctx.group))
+        return whole[0], whole[1]
+
+    dx, dweight, dbias, dresidual = by_batch.gradients(
+        ctx.saved_tensors,
+        grad_output,
+        ctx.residual_dtype,
+        *ctx.rule,
+        sums_of_all=None if ctx.group is None else sums_of_all,
+    )
+    return dx, None, None, None, dweight, dbias, dresidual, *(None,) * 6
+
+
 def _present(
     dx: Tensor | None,
     dweight: Tensor | None,
@@ -199,6 +243,9 @@ def _present(
 
 torch.library.register_autograd("batchnorm::forward", _forward_backward, setup_context=_forward_context)
 torch.library.register_autograd("batchnorm::normalize", _normalize_backward, setup_context=_normalize_context)
+torch.library.register_autograd(
+    "batchnorm::normalize_by_batch", _by_batch_backward, setup_context=_by_batch_context
+)
 
 
 def train(
@@ -219,9 +266,7 @@ def train(
         input, weight, bias, residual, mask, groups, eps, activation, slope, backend
     )
     if running is not None:
-        Registered(backend).update_running_(
-            *running[:3], mean.detach(), var.detach(), count.detach(), *running[3:]
-        )
+        running.update(Registered(backend), mean.detach(), var.detach(), count.detach())
     return output  # type: ignore[no-any-return]
 
 
@@ -240,4 +285,25 @@ def normalize(
     """What `eager.Normalize` does, in registered operators."""
     return Registered(backend).normalize(  # type: ignore[no-any-return]
         input, mean, invstd, weight, bias, residual, mask, activation, slope
+    )[0]
+
+
+def normalize_by_batch(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    mean: Tensor,
+    invstd: Tensor,
+    count: Tensor,
+    eps: float,
+    activation: str | None,
+    slope: float,
+    backend: str,
+    group: str | None,
+) -> Tensor:
+    """What `policy.train_by` does behind the statistics, in registered operators."""
+    return torch.ops.batchnorm.normalize_by_batch(  # type: ignore[no-any-return]
+        input, mean, invstd, count, weight, bias, residual, mask, eps, activation, slope, group, backend
     )[0]

@@ -1,18 +1,28 @@
 """Ghost batches: parts of the batch, each with statistics of its own."""
 
-from torch import Tensor
-
 from batchnorm.ops import Policy
 
 __all__ = ["Ghosts"]
 
 
 class Ghosts(Policy):
-    """G groups of consecutive samples; the running statistics take those of all of them together."""
+    """Consecutive ghosts of `size` samples, or `splits` of them; the rest of the batch is a ghost as well.
 
-    def __init__(self, groups: int) -> None:
-        self._groups = groups
+    A rest of one value per channel has no variance, and joins the ghost before it. The running statistics take those
+    of all ghosts merged, which are those of the batch.
+    """
 
-    def groups(self, input: Tensor) -> int:
-        """The number that the layer has found to divide the batch."""
-        return self._groups
+    def __init__(self, size: int | None, splits: int | None) -> None:
+        self.size, self.splits = size, splits
+
+    def parts(self, samples: int, positions: int) -> tuple[tuple[int, int], ...]:
+        """The full ghosts, and the short one if there is one."""
+        # -(-a // b) rounds up: torch.chunk's rule.
+        size = self.size or max(1, -(-samples // (self.splits or 1)))
+        full, rest = divmod(samples, size)
+        if full == 0:
+            return ((samples, 1),)
+        if rest * positions == 1:
+            full, rest = full - 1, rest + size
+        whole = ((full * size, full),) if full else ()
+        return (*whole, (rest, 1)) if rest else whole

@@ -1,5 +1,6 @@
 """Tools for the running statistics of batch norm."""
 
+from batchnorm.stats._accumulate import Accumulation, accumulate
 from batchnorm.stats._adapt import Adapted, adapt
 from batchnorm.stats._averaged import Averaged, averaged
 from batchnorm.stats._frameworks import Translation, from_framework, to_framework
@@ -9,11 +10,13 @@ from batchnorm.stats._recalibrate import recalibrate
 from batchnorm.stats._recalibration import RecalibratedLayer, Recalibration
 
 __all__ = [
+    "Accumulation",
     "Adapted",
     "Averaged",
     "RecalibratedLayer",
     "Recalibration",
     "Translation",
+    "accumulate",
     "adapt",
     "averaged",
     "from_framework",

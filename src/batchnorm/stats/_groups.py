@@ -9,10 +9,11 @@ from torch.nn.parameter import is_lazy
 
 from batchnorm._errors import InputError, InputTypeError, ModelError, message
 from batchnorm._walk import walk
+from batchnorm.nn import WhitenedBatchNorm
 
 __all__ = ["parameter_groups"]
 
-_NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+_NORMS = (_NormBase, WhitenedBatchNorm, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -9,10 +9,13 @@ from torch.nn.modules.lazy import LazyModuleMixin
 
 from batchnorm._errors import InputTypeError, ModelError, message
 from batchnorm._walk import Skipped, Spot, walk
+from batchnorm.nn import VirtualBatchNorm
+from batchnorm.nn.frozen import Frozen, FrozenBatchNorm
 
-__all__ = ["Target", "bare", "frozen", "targets"]
+__all__ = ["Target", "bare", "frozen", "refuse_lazy", "targets"]
 
 _BY_FREEZE = "frozen by freeze"
+_FROZEN = "frozen: it is a FrozenBatchNorm"
 _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
 
@@ -80,12 +83,15 @@ def frozen(root: nn.Module, layer: _BatchNorm) -> str:
     """Why the running statistics of this layer are not to be moved; "" if they are."""
     if layer.running_mean is None or layer.running_var is None:
         return "it has no running statistics"
+    if isinstance(layer, VirtualBatchNorm):
+        return "frozen: its statistics are those of its reference batch"
     if not layer.track_running_stats:
         return "frozen: track_running_stats is False"
     if layer.momentum == 0.0:
         return "frozen: momentum is 0"
-    # `batchnorm.freeze` makes `training` a property of the layer's class, whatever mode the model is in.
-    if isinstance(getattr(type(layer), "training", None), property):
+    if isinstance(layer, FrozenBatchNorm):
+        return _FROZEN
+    if isinstance(layer, Frozen):
         return _BY_FREEZE
     if root.training and not layer.training:
         return "frozen: in eval mode while the model is in training mode"
@@ -103,7 +109,7 @@ def targets(model: nn.Module, operation: str) -> tuple[tuple[Target, ...], tuple
     for spot in walk(model):
         if not isinstance(spot.module, _BatchNorm):
             continue
-        _refuse_lazy(spot, operation)
+        refuse_lazy(spot, operation)
         reason = frozen(model, spot.module)
         if reason:
             skipped.append(Skipped(spot.name, reason, spot.names[1:]))
@@ -114,7 +120,7 @@ def targets(model: nn.Module, operation: str) -> tuple[tuple[Target, ...], tuple
                 found.append(Target(spot.name, spot.names[1:], layer, mean, var, counter))
     if not found:
         got = "none" if not skipped else "; ".join(f"{s.name or 'model'}: {s.reason}" for s in skipped[:3])
-        by_freeze = any(each.reason == _BY_FREEZE for each in skipped)
+        by_freeze = any(each.reason in (_BY_FREEZE, _FROZEN) for each in skipped)
         raise ModelError(
             message(
                 f"{operation}: batch norms with running statistics to set",
@@ -128,7 +134,7 @@ def targets(model: nn.Module, operation: str) -> tuple[tuple[Target, ...], tuple
     return tuple(found), tuple(skipped)
 
 
-def _refuse_lazy(spot: Spot, operation: str) -> None:
+def refuse_lazy(spot: Spot, operation: str) -> None:
     if isinstance(spot.module, LazyModuleMixin) and spot.module.has_uninitialized_params():
         raise ModelError(
             message(

@@ -12,10 +12,10 @@ from batchnorm._errors import InputError, InputTypeError, message
 from batchnorm._walk import Changes, Plan, Spot, prepared
 from batchnorm.nn.batch_norm import Extras
 from batchnorm.nn.families import FAMILIES, Family, family_of
+from batchnorm.nn.frozen import Frozen
 from batchnorm.nn.member import AnyBatchNorm
 from batchnorm.surgery import _kinds as kinds
 from batchnorm.surgery._fitness import has_more, inside, unconvertible
-from batchnorm.surgery._freeze import Frozen
 from batchnorm.surgery._rank import ranks
 from batchnorm.surgery._rebuild import (
     KEPT,
@@ -27,7 +27,7 @@ from batchnorm.surgery._rebuild import (
 )
 from batchnorm.surgery._trace import Traced, trace_parts
 
-__all__ = ["convert"]
+__all__ = ["convert", "new_class", "plan_conversion", "target_of"]
 
 # What belongs to the numbers of a layer and not to its class.
 _FIXED = ("num_features", "affine", "bias", "track_running_stats", "device", "dtype")
@@ -59,12 +59,14 @@ def convert(
     Skipped, each with the reason: subclasses, which may do more than their base; parametrized and frozen layers; a
     layer with an activation, or called with a residual or a mask, if the new class has none of that; a lazy layer if
     the new class has no lazy form; and SyncBatchNorm where nothing says for how many axes it is: neither `to`, nor the
-    layer that was converted to it, nor a convolution before it in the `torch.fx` graph.
+    layer that was converted to it, nor a convolution before it in the `torch.fx` graph. A frozen layer is made another
+    by `unfreeze` alone. To "frozen", a layer without running statistics is skipped, and weight and bias want no
+    gradient afterwards.
 
     Args:
         model: any module.
-        to: "batchnorm" (this package's), "torch", "torch-sync", "domain", "conditional", or a class among these. A
-            class for one number of axes, as BatchNorm2d, takes the layers for that number only.
+        to: "batchnorm" (this package's), "conditional", "domain", "frozen", "torch", "torch-sync", or a class among
+            these. A class for one number of axes, as BatchNorm2d, takes the layers for that number only.
         inplace: change `model` itself; else a deep copy is changed.
         dry_run: change nothing, and return what would be changed.
         options: attributes of the new layers, as in the constructor: `process_group`, `nonfinite`, `backend`, `eps`,
@@ -90,7 +92,7 @@ def convert(
         >>> type(changes.revert()[1]).__module__
         'torch.nn.modules.batchnorm'
     """
-    family, only = _target(to)
+    family, only = target_of(to, "convert")
     kept = {name: options.pop(name) for name in KEPT & options.keys()}
     for cls in {*family.classes.values()}:
         _template(cls, options)
@@ -103,7 +105,7 @@ def convert(
     return changes
 
 
-def _target(to: object) -> tuple[Family, int]:
+def target_of(to: object, operation: str) -> tuple[Family, int]:
     """The family, and the number of axes if `to` is a class for one."""
     if isinstance(to, str):
         if to in FAMILIES:
@@ -114,10 +116,12 @@ def _target(to: object) -> tuple[Family, int]:
             return found[0], found[1]
     else:
         raise InputTypeError(
-            message("convert: to", got=type(to).__name__, expected="a name or a class of batch norm")
+            message(f"{operation}: to", got=type(to).__name__, expected="a name or a class of batch norm")
         )
     known = ", ".join(repr(name) for name in sorted(FAMILIES))
-    raise InputError(message("convert: to", got=repr(to), expected=f"one of {known}, or a class among these"))
+    raise InputError(
+        message(f"{operation}: to", got=repr(to), expected=f"one of {known}, or a class among these")
+    )
 
 
 def _template(cls: type[nn.Module], options: dict[str, Any]) -> dict[str, Any]:
@@ -226,12 +230,13 @@ class _Conversion:
 
     def _class(self, spot: Spot) -> None:
         """Another class for the very layer."""
-        cls, reason = _new_class(spot.module, self.family, self.only, self.parts)
+        cls, reason = _new_class_unless_frozen(spot.module, self.family, self.only, self.parts)
         reason = reason or (_lost(spot.module, cls, self.parts) if cls is not None else "")
         if reason or cls is None:
             self.result.skip(spot, reason)
         elif cls is not type(spot.module) or self.options:
-            _convert(self.result, spot, cls, self.options)
+            plan_conversion(self.result, spot.module, cls, self.options)
+            self.result.alter(spot)
 
     def _to_rebuilt(self, spot: Spot) -> None:
         """A new module in a plain layer's place."""
@@ -273,12 +278,14 @@ class _Conversion:
         if self.family.rebuilt is not None:
             self._make(spot, ready)
             return
-        cls, reason = _new_class(ready, self.family, self.only, self.parts, spot.module)
+        cls, reason = _new_class_unless_frozen(ready, self.family, self.only, self.parts, spot.module)
         reason = reason or (_lost(ready, cls, self.parts, spot.module) if cls is not None else "")
         if reason or cls is None:
             self.result.skip(spot, reason)
             return
-        _recast(ready, cls, self.options)
+        # By this plan, as its parameters may be those of the model: freezing them is to be reverted, too.
+        if cls is not type(ready) or self.options:
+            plan_conversion(self.result, ready, cls, self.options)
         self._replace(spot, ready, note)
 
     def _replace(self, spot: Spot, new: nn.Module, note: str) -> None:
@@ -290,7 +297,7 @@ def _recast(layer: nn.Module, cls: type[nn.Module], options: dict[str, Any]) -> 
     """Give a layer that is in no model yet another class and options."""
     if cls is not type(layer) or options:
         plan = Plan("convert", layer)
-        _convert(plan, plan.spots[0], cls, options)
+        plan_conversion(plan, layer, cls, options)
         plan.apply()
 
 
@@ -310,16 +317,31 @@ def _axes_of(module: nn.Module, parts: tuple[Traced, ...]) -> int:
     return 0 if rank is None else max(rank - 2, 1)
 
 
-def _new_class(
+def _new_class_unless_frozen(
     module: nn.Module,
     family: Family,
     only: int,
     parts: tuple[Traced, ...],
     called: nn.Module | None = None,
 ) -> tuple[type[nn.Module] | None, str]:
-    """The class that a layer is to have; `called` is what the model calls in its place."""
-    if isinstance(module, Frozen):
+    found = family_of(type(module))
+    if isinstance(module, Frozen) and (found is None or found[0] is not family):
         return None, "it is frozen: unfreeze it first"
+    cls, reason = new_class(module, family, only, parts, called)
+    without = module._buffers.get("running_mean") is None or not module.track_running_stats
+    if without and cls is not None and issubclass(cls, Frozen):
+        return None, "it has no running statistics to normalize with"
+    return cls, reason
+
+
+def new_class(
+    module: nn.Module,
+    family: Family,
+    only: int,
+    parts: tuple[Traced, ...],
+    called: nn.Module | None = None,
+) -> tuple[type[nn.Module] | None, str]:
+    """The class of the family that a layer becomes, or why there is none; `called`: what the model calls for it."""
     found = (None, 0, False) if type(module) is AnyBatchNorm else family_of(type(module))
     reason = unconvertible(module, () if found is None else (type(module),))
     if found is None or reason:
@@ -359,8 +381,8 @@ def _lost(
     return ""
 
 
-def _convert(plan: Plan, spot: Spot, cls: type[nn.Module], options: dict[str, Any]) -> None:
-    module = spot.module
+def plan_conversion(plan: Plan, module: nn.Module, cls: type[nn.Module], options: dict[str, Any]) -> None:
+    """Plan that the layer becomes one of this class."""
     before, after = _template(type(module), {}), _template(cls, options)
     plan.set_class(module, cls)
     old, new = family_of(type(module)), family_of(cls)
@@ -374,4 +396,7 @@ def _convert(plan: Plan, spot: Spot, cls: type[nn.Module], options: dict[str, An
     for name in before:
         if name not in after and name in vars(module):
             plan.drop_attribute(module, name)
-    plan.alter(spot)
+    if issubclass(cls, Frozen):
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.requires_grad:
+                plan.set_requires_grad(module, name, False)

@@ -9,9 +9,12 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from batchnorm._errors import InputError, message
 from batchnorm._walk import Changes, Plan, Spot, prepared
 from batchnorm.nn.batch_norm import Extras
+from batchnorm.nn.frozen import Frozen, FrozenBatchNorm
 from batchnorm.surgery import _kinds as kinds
+from batchnorm.surgery._convert import new_class, plan_conversion, target_of
+from batchnorm.surgery._trace import Traced, trace_parts
 
-__all__ = ["Frozen", "freeze", "unfreeze"]
+__all__ = ["freeze", "unfreeze"]
 
 # Each operation leaves a number of its own on the layers that it changed. Where a later one has put another there,
 # the earlier cannot be reverted before it: that would leave a layer half frozen.
@@ -19,25 +22,10 @@ _STAMP = "_frozen_by"
 _stamps = itertools.count(1000)  # small integers are one object each, and identity is what is compared
 
 
-class Frozen(nn.Module):
-    """The base of the classes of frozen layers: always in evaluation mode, whatever mode they are put in.
-
-    The mode that they are put in is remembered, and is theirs again when they are unfrozen.
-    """
+class _FrozenFrom(Frozen):
+    """The base of the classes that `freeze` makes, each from the class of a layer that it freezes."""
 
     _base: ClassVar[type[nn.Module]]
-
-    @property
-    def training(self) -> bool:
-        """False."""
-        return False
-
-    @training.setter
-    def training(self, mode: bool) -> None:
-        self.__dict__["training"] = mode
-
-    def reset_running_stats(self) -> None:
-        """Nothing: frozen statistics stay, in torch.optim.swa_utils.update_bn, too."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickled as the class it was frozen from: the frozen one is made when it is needed."""
@@ -50,14 +38,14 @@ def _again(base: type[nn.Module]) -> nn.Module:
     return cls.__new__(cls)
 
 
-_MADE: dict[type[nn.Module], type[Frozen]] = {}
+_MADE: dict[type[nn.Module], type[_FrozenFrom]] = {}
 
 
-def frozen_class(base: type[nn.Module]) -> type[Frozen]:
+def frozen_class(base: type[nn.Module]) -> type[_FrozenFrom]:
     """The class of the frozen layers of a class, one for each; its objects are those of that class still."""
     if base not in _MADE:
         space = {"__module__": base.__module__, "__doc__": base.__doc__, "_base": base}
-        _MADE[base] = type(f"Frozen{base.__name__}", (Frozen, base), space)
+        _MADE[base] = type(f"Frozen{base.__name__}", (_FrozenFrom, base), space)
     return _MADE[base]
 
 
@@ -74,7 +62,8 @@ def freeze(
     With frozen `affine`, weight and bias do not require a gradient. An optimizer skips them once their old gradient
     is gone (`optimizer.zero_grad()`).
 
-    A layer without running statistics has none to freeze and is skipped, and so is a lazy one without a shape.
+    A layer without running statistics has none to freeze and is skipped, and so is a lazy one without a shape. A
+    `FrozenBatchNorm` is frozen already.
 
     Args:
         model: any module; its batch norms are PyTorch's, this package's and subclasses of them.
@@ -122,7 +111,12 @@ def freeze(
 
 
 def unfreeze(
-    model: nn.Module, *, statistics: bool = True, affine: bool = True, inplace: bool = False
+    model: nn.Module,
+    *,
+    statistics: bool = True,
+    affine: bool = True,
+    to: str | type[nn.Module] = "batchnorm",
+    inplace: bool = False,
 ) -> Changes:
     """Take `freeze` back, for all batch norms of a network or of a part of it.
 
@@ -130,10 +124,15 @@ def unfreeze(
     model was last put in; with `affine`, weight and bias require a gradient. `freeze(...).revert()` is exact instead:
     a weight that was not trained before is not trained afterwards.
 
+    A `FrozenBatchNorm` serves every number of axes; unfrozen, it is of the class for as many as the layer had that was
+    converted to it, or as a convolution before it in the `torch.fx` graph has. Where nothing says how many that are it
+    is skipped, unless `to` is a class for one number of axes, as BatchNorm2d.
+
     Args:
         model: any module.
         statistics: unfreeze mean and variance.
         affine: unfreeze weight and bias.
+        to: what a `FrozenBatchNorm` becomes: a name or a class that `convert` knows.
         inplace: change `model` itself; else a deep copy is changed.
 
     Returns:
@@ -141,7 +140,7 @@ def unfreeze(
 
     Raises:
         InputTypeError: `model` is no module.
-        InputError: neither `statistics` nor `affine`.
+        InputError: neither `statistics` nor `affine`, or `to` is not known.
         ModelError: the model is scripted, wrapped for distributed training or cannot be copied.
 
     Example:
@@ -153,18 +152,29 @@ def unfreeze(
         >>> net[1].training, net[1].weight.requires_grad
         (True, False)
     """
+    family, only = target_of(to, "unfreeze")
     plan = _prepared("unfreeze", model, statistics, affine, inplace)
+    parts: tuple[Traced, ...] = ()
+    if statistics and not only:
+        parts, _ = trace_parts(plan.model, lambda module: type(module) is FrozenBatchNorm, training=None)
     for spot in plan.spots:
         module = spot.module
         if not kinds.is_batch_norm(module):
             continue
-        done = []
-        if statistics and isinstance(module, Frozen):
+        done, why = [], []
+        if statistics and isinstance(module, _FrozenFrom):
             plan.set_class(module, module._base)
             done.append("statistics")
+        elif statistics and isinstance(module, FrozenBatchNorm):
+            cls, reason = new_class(module, family, only, parts)
+            if cls is None:
+                why.append(reason)
+            elif cls is not type(module):
+                plan_conversion(plan, module, cls, {})
+                done.append("statistics")
         if affine:
             done += _require(plan, module, True)
-        _report(plan, spot, done, [], "unfrozen")
+        _report(plan, spot, done, why, "unfrozen")
     return plan.apply()
 
 

@@ -9,8 +9,8 @@ from torch import nn
 from batchnorm._walk import copied, hooks_of
 from batchnorm.nn.batch_norm import Extras
 from batchnorm.nn.families import FAMILIES, Family, family_of
+from batchnorm.nn.frozen import Frozen
 from batchnorm.surgery._fitness import has_more, unconvertible
-from batchnorm.surgery._freeze import Frozen
 from batchnorm.surgery._trace import Traced
 
 __all__ = ["KEPT", "make", "part_of", "ready_copy", "rebuilt_of", "takes_elsewhere"]
@@ -21,7 +21,7 @@ KEPT = frozenset(family.rebuilt.kept for family in FAMILIES.values() if family.r
 
 def rebuilt_of(module: nn.Module) -> Family | None:
     """The member that a module belongs to, if its layers are made anew."""
-    found = family_of(module._base if isinstance(module, Frozen) else type(module))
+    found = family_of(getattr(type(module), "_base", type(module)))  # frozen: what it was
     return found[0] if found is not None and found[0].rebuilt is not None else None
 
 

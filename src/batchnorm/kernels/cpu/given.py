@@ -61,15 +61,25 @@ def normalize(
     mask: Tensor | None,
     activation: str | None,
     slope: float,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Given statistics: (output, saved)."""
+    """Given statistics: (output, saved); the output in `out`, laid out as the input, where it is given."""
     if mean.shape[0] != 1:
         return by_group.normalize(
             normalize, input, mean, invstd, weight, bias, residual, mask, activation, slope
         )
     mean, invstd = numbers(mean), numbers(invstd)
     y, bits = _normalize(
-        input, weight, bias, residual, mask, activation, slope, (mean.data_ptr(), invstd.data_ptr()), None
+        input,
+        weight,
+        bias,
+        residual,
+        mask,
+        activation,
+        slope,
+        (mean.data_ptr(), invstd.data_ptr()),
+        None,
+        out,
     )
     return y, torch.empty(0, dtype=torch.uint8) if bits is None else bits
 
@@ -228,8 +238,9 @@ def grad_input(
     count: Tensor,
     activation: str | None,
     slope: float,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Given statistics and sums: (grad_input, grad_residual)."""
+    """Given statistics and sums: (grad_input, grad_residual); the first in `out`, where it is given."""
     if mean.shape[0] != 1:
         return by_group.grad_input(
             grad_input,
@@ -252,14 +263,18 @@ def grad_input(
         grad_output, input, mean, invstd, weight, bias, kept, residual, mask, activation, slope
     )
     sums = numbers(sum_grad), numbers(sum_grad_xhat)
-    dx = torch.empty_like(x)
+    dx = torch.empty_like(x) if out is None or x is not input else out
     dresidual = (torch.empty_like(x) if known is None else known) if residual else None
     _cpu.grad_input(
         *arguments, sums[0].data_ptr(), sums[1].data_ptr(), count.item(), dx.data_ptr(),
         0 if dresidual is None or dresidual is known else dresidual.data_ptr(),
     )  # fmt: skip
     del alive
-    return back(dx, input), input.new_empty(0) if dresidual is None else back(dresidual, input)
+    if out is None:
+        dx = back(dx, input)
+    elif dx is not out:
+        dx = out.copy_(dx)
+    return dx, input.new_empty(0) if dresidual is None else back(dresidual, input)
 
 
 def update_running_(

@@ -78,15 +78,15 @@ def _outputs(
     residual: Tensor | None,
     activation: str | None,
     groups: int,
-    run: Callable[[Tensor, slice, int], tuple[Tensor, ...]],
+    run: Callable[[Tensor, slice, int, Tensor], tuple[Tensor, ...]],
 ) -> tuple[Tensor, ...]:
-    """The output, the bits, and whatever else `run` finds for a group, of the whole batch."""
+    """The output, whatever `run` finds for a group beside it, and the bits, of the whole batch.
+
+    `run` is given the samples of a group and the memory of its output.
+    """
     x = see(input)[0]
-    y, others = torch.empty_like(x), []
-    for group, rows in enumerate(_rows(x, groups)):
-        output, *other = run(x[rows], rows, group)
-        y[rows] = output
-        others.append(other)
+    y = torch.empty_like(x)
+    others = [run(x[rows], rows, group, y[rows]) for group, rows in enumerate(_rows(x, groups))]
     *statistics, bits = ([*column] for column in zip(*others, strict=True))
     packed = residual is not None and activation in WITH_BITS
     saved = _joined(bits, x.numel() // groups) if packed and x.numel() else torch.empty(0, dtype=torch.uint8)
@@ -106,9 +106,11 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`one` for each group: (output, mean, var, count, saved)."""
 
-    def run(x: Tensor, rows: slice, group: int) -> tuple[Tensor, ...]:
+    def run(x: Tensor, rows: slice, group: int, y: Tensor) -> tuple[Tensor, ...]:
         parameters = _parameter(weight, group), _parameter(bias, group)
-        return one(x, *parameters, _of(residual, rows), _of(mask, rows), 1, eps, *rule)  # type: ignore[no-any-return]
+        output, *found = one(x, *parameters, _of(residual, rows), _of(mask, rows), 1, eps, *rule)
+        y.copy_(output)
+        return tuple(found)
 
     y, mean, var, count, saved = _outputs(input, residual, rule[0], groups, run)
     return y, mean, var, count, saved
@@ -127,10 +129,10 @@ def normalize(
 ) -> tuple[Tensor, Tensor]:
     """`one` for each group: (output, saved)."""
 
-    def run(x: Tensor, rows: slice, group: int) -> tuple[Tensor, ...]:
+    def run(x: Tensor, rows: slice, group: int, y: Tensor) -> tuple[Tensor, ...]:
         parameters = _parameter(weight, group), _parameter(bias, group)
         given = mean[group : group + 1], invstd[group : group + 1]
-        return one(x, *given, *parameters, _of(residual, rows), _of(mask, rows), *rule)  # type: ignore[no-any-return]
+        return one(x, *given, *parameters, _of(residual, rows), _of(mask, rows), *rule, y)[1:]  # type: ignore[no-any-return]
 
     y, saved = _outputs(input, residual, rule[0], mean.shape[0], run)
     return y, saved
@@ -233,12 +235,11 @@ def grad_input(
     dx, dresidual = torch.empty_like(x), torch.empty_like(x) if residual else x.new_empty(0)
     for group, rows in enumerate(_rows(x, mean.shape[0])):
         own = slice(group, group + 1)
-        part, added = one(
+        _, added = one(
             grad_output[rows], x[rows], mean[own], invstd[own], _parameter(weight, group), _parameter(bias, group),
             _kept(kept, residual, rule[0], rows, x, group), residual, _of(mask, rows), sum_grad[own],
-            sum_grad_xhat[own], count[own], *rule,
+            sum_grad_xhat[own], count[own], *rule, dx[rows],
         )  # fmt: skip
-        dx[rows] = part
         if residual:
             dresidual[rows] = added
     return back(dx, input), back(dresidual, input) if residual else dresidual
