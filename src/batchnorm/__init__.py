@@ -19,7 +19,9 @@ _HOME = {
     "BatchRenorm": "nn",
     "Changes": "_walk",
     "Comparison": "comparison",
+    "ConditionalBatchNorm": "nn",
     "DataError": "_errors",
+    "DomainBatchNorm": "nn",
     "FrozenBatchNorm": "nn",
     "GhostBatchNorm": "nn",
     "InputError": "_errors",
@@ -42,7 +44,9 @@ _HOME = {
     "averaged": "stats",
     "batch_norm": "functional",
     "compare": "comparison",
+    "condition": "nn",
     "convert": "surgery",
+    "domain": "nn",
     "explain_backend": "ops",
     "fold": "surgery",
     "freeze": "surgery",
@@ -80,6 +84,8 @@ if TYPE_CHECKING:
     from batchnorm.nn import BatchNorm2d as BatchNorm2d
     from batchnorm.nn import BatchNorm3d as BatchNorm3d
     from batchnorm.nn import BatchRenorm as BatchRenorm
+    from batchnorm.nn import ConditionalBatchNorm as ConditionalBatchNorm
+    from batchnorm.nn import DomainBatchNorm as DomainBatchNorm
     from batchnorm.nn import FrozenBatchNorm as FrozenBatchNorm
     from batchnorm.nn import GhostBatchNorm as GhostBatchNorm
     from batchnorm.nn import LazyBatchNorm1d as LazyBatchNorm1d
@@ -87,6 +93,8 @@ if TYPE_CHECKING:
     from batchnorm.nn import LazyBatchNorm3d as LazyBatchNorm3d
     from batchnorm.nn import VirtualBatchNorm as VirtualBatchNorm
     from batchnorm.nn import WhitenedBatchNorm as WhitenedBatchNorm
+    from batchnorm.nn import condition as condition
+    from batchnorm.nn import domain as domain
     from batchnorm.nn import reference_batch as reference_batch
     from batchnorm.ops import explain_backend as explain_backend
     from batchnorm.stats import Accumulation as Accumulation

@@ -10,7 +10,7 @@ from batchnorm._activations import activation_named
 from batchnorm._errors import InputError, InputTypeError, message
 from batchnorm.ops import HELD
 
-__all__ = ["SINGLE", "Single", "batch_norm", "check_call", "layer_batch_norm"]
+__all__ = ["SINGLE", "Single", "batch_norm", "check_call", "check_residual", "layer_batch_norm"]
 
 Single = Literal["error", "running", "zero"]
 SINGLE: tuple[Single, ...] = get_args(Single)
@@ -184,7 +184,7 @@ def layer_batch_norm(
                 bias=bias,
             )
         if residual is not None:
-            _check_residual(input, residual)
+            check_residual(input, residual)
     if inplace:
         ops.check_inplace(input, training, ops.is_traced(input), weight, bias, residual)
     recompute = recompute and not ops.is_traced(input) and ops.can_recompute()
@@ -356,7 +356,8 @@ def _check_statistics(
         )
 
 
-def _check_residual(input: Tensor, residual: Tensor) -> None:
+def check_residual(input: Tensor, residual: Tensor) -> None:
+    """Refuse what cannot be added to the input."""
     if not isinstance(residual, Tensor):
         raise InputTypeError(message("residual", got=type(residual).__name__, expected="a torch.Tensor"))
     if residual.shape != input.shape:
@@ -439,7 +440,7 @@ def check_call(
     if not ops.is_jit_tracing():
         _check_per_channel(input, False, **per_channel)
         if residual is not None:
-            _check_residual(input, residual)
+            check_residual(input, residual)
     if training and mask is None and _is_single(input):
         training = _train_single(input, per_channel.get("running_mean"), single)
     return None if mask is None else _expand_mask(input, mask), training

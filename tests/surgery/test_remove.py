@@ -4,6 +4,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import batchnorm
+from batchnorm.nn.member import AnyBatchNorm
 from batchnorm.surgery._unnormalized import Unnormalized
 
 
@@ -62,6 +63,12 @@ def test_the_bias_takes_dtype_and_requires_grad() -> None:
     bias = batchnorm.remove(net).model[0].bias
     assert bias.dtype == torch.bfloat16
     assert not bias.requires_grad
+
+
+def test_a_member_of_the_family_leaves_its_activation_too() -> None:
+    model = nn.Sequential(nn.Linear(2, 3), AnyBatchNorm(3, activation="relu"))
+    x = torch.randn(4, 2)
+    assert torch.equal(batchnorm.remove(model).model(x), model[0](x).relu())
 
 
 @pytest.mark.parametrize("activation", [None, "relu", "leaky_relu", "gelu"])

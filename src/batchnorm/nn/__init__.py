@@ -3,6 +3,10 @@
 from batchnorm.nn.batch_norm import BatchNorm1d as BatchNorm1d
 from batchnorm.nn.batch_norm import BatchNorm2d as BatchNorm2d
 from batchnorm.nn.batch_norm import BatchNorm3d as BatchNorm3d
+from batchnorm.nn.conditional import ConditionalBatchNorm as ConditionalBatchNorm
+from batchnorm.nn.conditional import condition as condition
+from batchnorm.nn.domains import DomainBatchNorm as DomainBatchNorm
+from batchnorm.nn.domains import domain as domain
 from batchnorm.nn.frozen import FrozenBatchNorm as FrozenBatchNorm
 from batchnorm.nn.ghost import GhostBatchNorm as GhostBatchNorm
 from batchnorm.nn.lazy import LazyBatchNorm1d as LazyBatchNorm1d
@@ -18,6 +22,8 @@ __all__ = [
     "BatchNorm2d",
     "BatchNorm3d",
     "BatchRenorm",
+    "ConditionalBatchNorm",
+    "DomainBatchNorm",
     "FrozenBatchNorm",
     "GhostBatchNorm",
     "LazyBatchNorm1d",
@@ -25,5 +31,7 @@ __all__ = [
     "LazyBatchNorm3d",
     "VirtualBatchNorm",
     "WhitenedBatchNorm",
+    "condition",
+    "domain",
     "reference_batch",
 ]

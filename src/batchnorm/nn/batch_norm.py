@@ -54,6 +54,9 @@ class Extras(Unscriptable, _Base):
     """
 
     _dimensions: ClassVar[tuple[int, ...] | None]
+    # What tools have to know of a layer: its parameters that are γ and β, and the place of the mask in its forward.
+    _affine_names: ClassVar[tuple[str, ...]] = ("weight", "bias")
+    _mask_place: ClassVar[int] = 2
     _checks_itself: ClassVar[bool] = False
     # Whether it computes what PyTorch's layer of the same numbers does, activation aside.
     _is_plain: ClassVar[bool] = True

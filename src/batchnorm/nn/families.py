@@ -1,25 +1,49 @@
 """The members of the batch-norm family by name: each says here which classes it has."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 from batchnorm._errors import InputError, message
 from batchnorm.nn.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from batchnorm.nn.conditional import ConditionalBatchNorm, conditional_of, one_class
+from batchnorm.nn.domains import DomainBatchNorm, domains_of, one_domain
 from batchnorm.nn.lazy import LazyBatchNorm1d, LazyBatchNorm2d, LazyBatchNorm3d
 from batchnorm.nn.virtual import VirtualBatchNorm
 
-__all__ = ["FAMILIES", "Family", "family_of", "register"]
+__all__ = ["FAMILIES", "Family", "Rebuilt", "family_of", "register"]
 
 
 @dataclass(frozen=True)
 class Family:
-    """One member: its layers for 1, 2 and 3 axes behind the channels, and its lazy ones if it has some."""
+    """One member: its layers for 1, 2 and 3 axes behind the channels, and its lazy ones if it has some.
+
+    A member whose layers hold other parameters than a batch norm's is `rebuilt`: `convert` puts a new module in a
+    layer's place instead of giving the layer another class.
+    """
 
     name: str
     classes: Mapping[int, type[torch.nn.Module]]
     lazy: Mapping[int, type[torch.nn.Module]] = field(default_factory=dict)
+    rebuilt: "Rebuilt | None" = None
+
+
+@dataclass(frozen=True)
+class Rebuilt:
+    """How `convert` comes to a member whose layers are new modules, and from it.
+
+    `make(layer, options)` is given a layer of another class, which it may take apart, and those of the options that
+    `options` names. `back(layer, kept)` gives a layer of its own with the numbers of a part, which the user names by
+    the option `kept`. Either returns the reason where it cannot.
+    """
+
+    make: Callable[[torch.nn.Module, Mapping[str, Any]], torch.nn.Module | str]
+    back: Callable[[torch.nn.Module, object], torch.nn.Module | str]
+    options: tuple[str, ...]
+    kept: str
+    parts: str  # of what it has several, in the words of a message
 
 
 FAMILIES: dict[str, Family] = {}
@@ -62,4 +86,26 @@ register(
     )
 )
 register(Family("torch-sync", dict.fromkeys((1, 2, 3), torch.nn.SyncBatchNorm)))
+register(
+    Family(
+        "domain",
+        dict.fromkeys((1, 2, 3), DomainBatchNorm),
+        rebuilt=Rebuilt(
+            domains_of,
+            one_domain,
+            ("domains", "shared_affine", "default"),
+            "domain",
+            "statistics for each domain",
+        ),
+    )
+)
+register(
+    Family(
+        "conditional",
+        dict.fromkeys((1, 2, 3), ConditionalBatchNorm),
+        rebuilt=Rebuilt(
+            conditional_of, one_class, ("num_classes",), "condition", "a weight and a bias for each class"
+        ),
+    )
+)
 register(Family("virtual", dict.fromkeys((1, 2, 3), VirtualBatchNorm)))

@@ -6,7 +6,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.nn.batch_norm import Sized
 
-__all__ = ["Member"]
+__all__ = ["AnyBatchNorm", "Member"]
 
 if TYPE_CHECKING:
     _Base = Sized
@@ -24,3 +24,9 @@ class Member(_Base):
 
     _dimensions: ClassVar[None] = None
     _is_plain = False
+
+
+class AnyBatchNorm(Member):
+    """Plain batch norm for any number of axes behind the channels: what other layers hold."""
+
+    _is_plain = True

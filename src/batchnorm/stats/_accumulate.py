@@ -12,12 +12,15 @@ from batchnorm import ops
 from batchnorm._errors import InputError, InputTypeError, ModelError, message
 from batchnorm._walk import walk
 from batchnorm.nn.batch_norm import Extras
+from batchnorm.nn.conditional import ConditionalBatchNorm
 from batchnorm.nn.frozen import Frozen
 from batchnorm.stats._held_layer import HeldLayer
 from batchnorm.stats._moments import Moments
 from batchnorm.stats._targets import bare, refuse_lazy
 
 __all__ = ["Accumulation", "accumulate"]
+
+_FORWARDS = (Extras.forward, ConditionalBatchNorm.forward, _BatchNorm.forward)
 
 
 class Accumulation:
@@ -290,4 +293,4 @@ def _layers(model: nn.Module) -> list[HeldLayer]:
 def _is_plain(module: _BatchNorm) -> bool:
     """Whether its forward moves the running statistics as PyTorch's does, or tells us."""
     forward: Callable[..., Any] = type(module).forward
-    return "forward" not in vars(module) and forward in (Extras.forward, _BatchNorm.forward)
+    return "forward" not in vars(module) and forward in _FORWARDS

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm._errors import DataError, InputError, InputTypeError, ModelError, message
+from batchnorm.nn.batch_norm import Extras
 from batchnorm.stats._moments import Pool, batch_pool
 from batchnorm.stats._passes import seen_by
 from batchnorm.stats._precision import block_scatter, precision
@@ -317,7 +318,12 @@ def _check_options(method: str, prior: float, lr: float, optimizer: object) -> N
 
 def _affine(found: tuple[Target, ...]) -> list[nn.Parameter]:
     layers: list[_BatchNorm] = [target.module for target in found]
-    parameters = [p for layer in layers for p in (layer.weight, layer.bias) if isinstance(p, nn.Parameter)]
+    parameters = [
+        parameter
+        for layer in layers
+        for name in (layer._affine_names if isinstance(layer, Extras) else ("weight", "bias"))
+        if isinstance(parameter := getattr(layer, name), nn.Parameter)
+    ]
     if not parameters:
         raise ModelError(
             message(

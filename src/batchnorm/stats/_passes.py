@@ -221,7 +221,8 @@ def seen_by(
         return None
     mask = None
     if isinstance(layer, Extras):
-        mask = args[2] if len(args) > 2 else kwargs.get("mask")
+        place = layer._mask_place
+        mask = args[place] if len(args) > place else kwargs.get("mask")
     if mask is not None:
         try:
             mask = mask.expand(input.shape[0], *input.shape[2:])

@@ -2,19 +2,29 @@
 
 import inspect
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from batchnorm._errors import InputError, InputTypeError, message
-from batchnorm._walk import Changes, Plan, prepared
+from batchnorm._walk import Changes, Plan, Spot, prepared
 from batchnorm.nn.batch_norm import Extras
 from batchnorm.nn.families import FAMILIES, Family, family_of
 from batchnorm.nn.frozen import Frozen
+from batchnorm.nn.member import AnyBatchNorm
 from batchnorm.surgery import _kinds as kinds
-from batchnorm.surgery._fitness import has_more, unconvertible
+from batchnorm.surgery._fitness import has_more, inside, unconvertible
 from batchnorm.surgery._rank import ranks
+from batchnorm.surgery._rebuild import (
+    KEPT,
+    make,
+    part_of,
+    ready_copy,
+    rebuilt_of,
+    takes_elsewhere,
+)
 from batchnorm.surgery._trace import Traced, trace_parts
 
 __all__ = ["convert", "new_class", "plan_conversion", "target_of"]
@@ -39,6 +49,13 @@ def convert(
     layer, an optimizer stays valid, and parameters, buffers, hooks, mode, eps, momentum and names in the state dict are
     what they were. (`torch.nn.SyncBatchNorm.convert_sync_batchnorm` makes new layers and loses some of that.)
 
+    "domain" and "conditional" are the exception, whose layers hold other parameters: a new module stands in the layer's
+    place, wherever that was. Every domain, or class, begins with the layer's numbers, so that the network computes what
+    it did. A domain layer has the very weight and bias of the layer (`shared_affine=False`: its first domain has), a
+    conditional one has new parameters; names in the state dict change; a layer with hooks is skipped. Back from them an
+    option says whose numbers stay: `convert(model, "batchnorm", domain="clean")`, or `condition=3`. Without it they are
+    left alone, and so is one whose domain or condition the traced forward gives as an argument.
+
     Skipped, each with the reason: subclasses, which may do more than their base; parametrized and frozen layers; a
     layer with an activation, or called with a residual or a mask, if the new class has none of that; a lazy layer if
     the new class has no lazy form; and SyncBatchNorm where nothing says for how many axes it is: neither `to`, nor the
@@ -48,15 +65,16 @@ def convert(
 
     Args:
         model: any module.
-        to: "batchnorm" (this package's), "frozen", "torch", "torch-sync", or a class among these. A class for one
-            number of axes, as BatchNorm2d, takes the layers for that number only.
+        to: "batchnorm" (this package's), "conditional", "domain", "frozen", "torch", "torch-sync", or a class among
+            these. A class for one number of axes, as BatchNorm2d, takes the layers for that number only.
         inplace: change `model` itself; else a deep copy is changed.
         dry_run: change nothing, and return what would be changed.
         options: attributes of the new layers, as in the constructor: `process_group`, `nonfinite`, `backend`, `eps`,
-            `momentum`, ...
+            `momentum`, ...; and `domain` or `condition`, whose numbers stay.
 
     Returns:
-        Changes: `model` has the converted layers; `revert()` gives every layer back its class and options.
+        Changes: `model` has the converted layers; `revert()` gives every layer back its class and options, or puts the
+        very layers of before in place again.
 
     Raises:
         InputTypeError: `model` is no module, `to` is neither a name nor a class, `eps` or `momentum` no number.
@@ -75,10 +93,11 @@ def convert(
         'torch.nn.modules.batchnorm'
     """
     family, only = target_of(to, "convert")
+    kept = {name: options.pop(name) for name in KEPT & options.keys()}
     for cls in {*family.classes.values()}:
         _template(cls, options)
     target = prepared(model, operation="convert", inplace=inplace)
-    changes = _plan(target, family, only, options).apply()
+    changes = _Conversion(target, family, only, options, kept).plan().apply()
     if dry_run:
         changes.revert()
         changes.model = changes._original = model
@@ -150,33 +169,136 @@ def _check_numbers(options: dict[str, Any]) -> None:
             raise InputError(message(f"convert: {name}", got=value, expected=expected))
 
 
-def _plan(model: nn.Module, family: Family, only: int, options: dict[str, Any]) -> Plan:
-    plan = Plan("convert", model)
-    # Who loses the arguments residual and mask must not be called with them.
-    poorer = not any(issubclass(cls, Extras) for cls in family.classes.values())
-    parts, problem = trace_parts(
-        model,
-        lambda module: (poorer and isinstance(module, Extras)) or (not only and _for_any_axes(module)),
-        training=None,
-    )
-    if problem and poorer and any(isinstance(spot.module, Extras) for spot in plan.spots):
-        plan.note(f"whether layers are called with a residual or a mask was not seen everywhere ({problem})")
-    if options.get("activation") is not None:
-        plan.note(
-            f"every converted layer does {options['activation']!r} now, also where an activation or an addition comes "
-            "behind it: the network is another one. fuse(model) lets each layer take the activation behind it."
+class _Conversion:
+    """What becomes of each batch norm; nothing is touched while it is found out."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        family: Family,
+        only: int,
+        options: dict[str, Any],
+        kept: Mapping[str, object],
+    ) -> None:
+        self.result = Plan("convert", model)
+        self.family, self.only, self.options, self.kept = family, only, options, kept
+        # Who loses the arguments residual and mask must not be called with them, nor who takes them elsewhere.
+        self.poorer = family.rebuilt is None and not any(
+            issubclass(cls, Extras) for cls in family.classes.values()
         )
-    for spot in plan.spots:
-        if not isinstance(spot.module, _NormBase) or not kinds.is_batch_norm(spot.module):
-            continue
-        cls, reason = _new_class_unless_frozen(spot.module, family, only, parts)
-        reason = reason or (_lost(spot.module, cls, parts) if cls is not None else "")
+        self.parts, self.problem = trace_parts(model, self._is_looked_up, training=None)
+        self.replaced: set[int] = set()
+
+    def _is_looked_up(self, module: nn.Module) -> bool:
+        """Whether the graph has something to say on this module."""
+        if isinstance(module, Extras) and (self.poorer or takes_elsewhere(self.family)):
+            return True
+        return rebuilt_of(module) is not None or (not self.only and _for_any_axes(module))
+
+    def plan(self) -> Plan:
+        spots = self.result.spots
+        if self.problem and self.poorer and any(isinstance(spot.module, Extras) for spot in spots):
+            self.result.note(
+                f"whether layers are called with a residual or a mask was not seen everywhere ({self.problem})"
+            )
+        for name in self.kept.keys() - {
+            found.rebuilt.kept for spot in spots if (found := rebuilt_of(spot.module)) and found.rebuilt
+        }:
+            self.result.note(f"{name}= says nothing here: no layer has several to keep one of")
+        if self.options.get("activation") is not None:
+            self.result.note(
+                f"every converted layer does {self.options['activation']!r} now, also where an activation or an "
+                "addition comes behind it: the network is another one. fuse(model) lets each layer take the activation "
+                "behind it."
+            )
+        for spot in spots:
+            if rebuilt_of(spot.module) is not None:
+                self._from_rebuilt(spot)
+            elif not isinstance(spot.module, _NormBase) or not kinds.is_batch_norm(spot.module):
+                continue
+            elif not inside(spot):
+                self._to_rebuilt(spot) if self.family.rebuilt is not None else self._class(spot)
+            elif not self._stays_inside(spot):
+                self._class(spot)
+        return self.result
+
+    def _stays_inside(self, spot: Spot) -> bool:
+        """Whether the batch norm of a domain stays what it is; the layer that holds it is reported."""
+        gone = all(id(owner) in self.replaced for owner in inside(spot))
+        there = type(spot.module) is AnyBatchNorm and self.family is FAMILIES["batchnorm"]
+        return gone or there or self.poorer or self.family.rebuilt is not None
+
+    def _class(self, spot: Spot) -> None:
+        """Another class for the very layer."""
+        cls, reason = _new_class_unless_frozen(spot.module, self.family, self.only, self.parts)
+        reason = reason or (_lost(spot.module, cls, self.parts) if cls is not None else "")
         if reason or cls is None:
-            plan.skip(spot, reason)
-        elif cls is not type(spot.module) or options:
-            plan_conversion(plan, spot.module, cls, options)
-            plan.alter(spot)
-    return plan
+            self.result.skip(spot, reason)
+        elif cls is not type(spot.module) or self.options:
+            plan_conversion(self.result, spot.module, cls, self.options)
+            self.result.alter(spot)
+
+    def _to_rebuilt(self, spot: Spot) -> None:
+        """A new module in a plain layer's place."""
+        ready, reason = ready_copy(spot.module)
+        if ready is None:
+            self.result.skip(spot, reason)
+        else:
+            self._make(spot, ready)
+
+    def _make(self, spot: Spot, ready: nn.Module) -> None:
+        assert self.family.rebuilt is not None
+        known = family_of(type(ready))
+        axes = vars(ready).get(_AXES) or (known[1] if known is not None else 0)
+        # The layer is one of this package's, whose residual and mask the new one hands on.
+        plain = type(ready) is AnyBatchNorm or (known is not None and known[0] is FAMILIES["torch"])
+        cls = FAMILIES["batchnorm"].classes[axes] if plain and axes else type(ready)
+        others = {
+            name: each for name, each in self.options.items() if name not in self.family.rebuilt.options
+        }
+        _recast(ready, cls, others)
+        new, reason = make(spot.module, ready, self.family, self.options, self.parts)
+        if new is None:
+            self.result.skip(spot, reason)
+            return
+        if axes and isinstance(new, Extras):
+            vars(new)[_AXES] = axes
+        self._replace(spot, new, f"{self.family.rebuilt.parts}, all of which begin with its numbers")
+
+    def _from_rebuilt(self, spot: Spot) -> None:
+        """A layer with the numbers of one part in the place of one that has several."""
+        if rebuilt_of(spot.module) is self.family and not self.kept and not self.options:
+            return
+        ready, note = part_of(spot.module, self.kept, self.parts)
+        if ready is None:
+            self.result.skip(spot, note)
+            return
+        if _AXES in vars(spot.module):
+            vars(ready)[_AXES] = vars(spot.module)[_AXES]
+        if self.family.rebuilt is not None:
+            self._make(spot, ready)
+            return
+        cls, reason = _new_class_unless_frozen(ready, self.family, self.only, self.parts, spot.module)
+        reason = reason or (_lost(ready, cls, self.parts, spot.module) if cls is not None else "")
+        if reason or cls is None:
+            self.result.skip(spot, reason)
+            return
+        # By this plan, as its parameters may be those of the model: freezing them is to be reverted, too.
+        if cls is not type(ready) or self.options:
+            plan_conversion(self.result, ready, cls, self.options)
+        self._replace(spot, ready, note)
+
+    def _replace(self, spot: Spot, new: nn.Module, note: str) -> None:
+        self.replaced.add(id(spot.module))
+        self.result.replace(spot, new, note=note)
+
+
+def _recast(layer: nn.Module, cls: type[nn.Module], options: dict[str, Any]) -> None:
+    """Give a layer that is in no model yet another class and options."""
+    if cls is not type(layer) or options:
+        plan = Plan("convert", layer)
+        plan_conversion(plan, layer, cls, options)
+        plan.apply()
 
 
 def _for_any_axes(module: nn.Module) -> bool:
@@ -196,12 +318,16 @@ def _axes_of(module: nn.Module, parts: tuple[Traced, ...]) -> int:
 
 
 def _new_class_unless_frozen(
-    module: nn.Module, family: Family, only: int, parts: tuple[Traced, ...]
+    module: nn.Module,
+    family: Family,
+    only: int,
+    parts: tuple[Traced, ...],
+    called: nn.Module | None = None,
 ) -> tuple[type[nn.Module] | None, str]:
     found = family_of(type(module))
     if isinstance(module, Frozen) and (found is None or found[0] is not family):
         return None, "it is frozen: unfreeze it first"
-    cls, reason = new_class(module, family, only, parts)
+    cls, reason = new_class(module, family, only, parts, called)
     without = module._buffers.get("running_mean") is None or not module.track_running_stats
     if without and cls is not None and issubclass(cls, Frozen):
         return None, "it has no running statistics to normalize with"
@@ -209,15 +335,19 @@ def _new_class_unless_frozen(
 
 
 def new_class(
-    module: nn.Module, family: Family, only: int, parts: tuple[Traced, ...]
+    module: nn.Module,
+    family: Family,
+    only: int,
+    parts: tuple[Traced, ...],
+    called: nn.Module | None = None,
 ) -> tuple[type[nn.Module] | None, str]:
-    """The class of the family that a layer becomes, or why there is none."""
-    found = family_of(type(module))
+    """The class of the family that a layer becomes, or why there is none; `called`: what the model calls for it."""
+    found = (None, 0, False) if type(module) is AnyBatchNorm else family_of(type(module))
     reason = unconvertible(module, () if found is None else (type(module),))
     if found is None or reason:
         return None, reason
     _, axes, lazy = found
-    axes = axes or vars(module).get(_AXES, 0) or only or _axes_of(module, parts)
+    axes = axes or vars(module).get(_AXES, 0) or only or _axes_of(called or module, parts)
     if only and axes != only:
         return None, f"{type(module).__name__} takes input of another number of axes"
     classes = family.lazy if lazy else family.classes
@@ -236,15 +366,17 @@ def new_class(
     return classes[axes], ""
 
 
-def _lost(module: nn.Module, cls: type[nn.Module], parts: tuple[Traced, ...]) -> str:
-    """What the new class could not do, and this layer does."""
+def _lost(
+    module: nn.Module, cls: type[nn.Module], parts: tuple[Traced, ...], called: nn.Module | None = None
+) -> str:
+    """What the new class could not do, and this layer does; `called` is what the model calls in its place."""
     if not isinstance(module, Extras) or issubclass(cls, Extras):
         return ""
     if module.activation is not None:
         return f"it holds the activation {module.activation!r}, which {cls.__name__} does not have"
     if module.nonfinite != "propagate":
         return f"it has nonfinite={module.nonfinite!r}, which {cls.__name__} does not have"
-    if any(has_more(module, part) for part in parts):
+    if any(has_more(called or module, part) for part in parts):
         return f"it is called with a residual or a mask, which {cls.__name__} does not take"
     return ""
 

@@ -11,14 +11,36 @@ from torch.nn.utils import parametrize
 
 from batchnorm._walk import Spot, hooks_of
 from batchnorm.nn.batch_norm import Extras
+from batchnorm.nn.domains import DomainBatchNorm
 from batchnorm.surgery import _kinds as kinds
 from batchnorm.surgery._links import layer_input
 from batchnorm.surgery._trace import Traced
 
-__all__ = ["has_more", "outside", "unconvertible", "unfit_norm", "unfit_pair", "unfit_producer"]
+__all__ = [
+    "has_more",
+    "inside",
+    "of_a_domain",
+    "outside",
+    "unconvertible",
+    "unfit_norm",
+    "unfit_pair",
+    "unfit_producer",
+]
 
 _PRODUCERS = typing.get_args(kinds.Producer)
 _RANKS = {nn.BatchNorm1d: (0, 1), nn.BatchNorm2d: (2,), nn.BatchNorm3d: (3,)}
+
+
+def inside(spot: Spot) -> tuple[DomainBatchNorm, ...]:
+    """The layers that hold this one as the batch norm of a domain."""
+    return tuple(owner for owner, _ in spot.places if isinstance(owner, DomainBatchNorm))
+
+
+def of_a_domain(spot: Spot) -> str:
+    """Whether a layer is called in one domain only, where others take its place; "" if not."""
+    if not inside(spot):
+        return ""
+    return "it is the batch norm of one domain: keep one first, batchnorm.convert(model, 'batchnorm', domain=...)"
 
 
 def outside(part: Traced, spot: Spot) -> str:

@@ -9,7 +9,7 @@ from torch import nn
 from batchnorm._errors import ModelError, message
 from batchnorm._walk import Changes, Plan, prepared
 from batchnorm.surgery import _kinds as kinds
-from batchnorm.surgery._fitness import has_more, outside, unfit_norm, unfit_pair, unfit_producer
+from batchnorm.surgery._fitness import has_more, of_a_domain, outside, unfit_norm, unfit_pair, unfit_producer
 from batchnorm.surgery._fold_any import fold_graph
 from batchnorm.surgery._folding import Folded, Norm, dimensions, takes_shift
 from batchnorm.surgery._links import Links
@@ -158,7 +158,8 @@ class _Folding:
                 stays, into = self.folded[key]
                 self.result.replace(spot, stays, note=self._told(into))
             elif kinds.is_batch_norm(spot.module):
-                self.result.skip(spot, self.reasons.get(key, "no forward that could be traced calls it"))
+                reason = self.reasons.get(key, "no forward that could be traced calls it")
+                self.result.skip(spot, of_a_domain(spot) or reason)
         for layer in self.layers.values():
             weight, bias = layer.parameters()
             self.result.set_parameter(layer.layer, "weight", weight)

@@ -8,6 +8,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 
 from batchnorm._errors import InputError, message
 from batchnorm._walk import Changes, Plan, Spot, prepared
+from batchnorm.nn.batch_norm import Extras
 from batchnorm.nn.frozen import Frozen, FrozenBatchNorm
 from batchnorm.surgery import _kinds as kinds
 from batchnorm.surgery._convert import new_class, plan_conversion, target_of
@@ -188,7 +189,8 @@ def _prepared(operation: str, model: nn.Module, statistics: bool, affine: bool, 
 def _require(plan: Plan, module: nn.Module, wanted: bool) -> list[str]:
     """Plan the flags of weight and bias, and say which ones change."""
     done = []
-    for name in ("weight", "bias"):
+    names = module._affine_names if isinstance(module, Extras) else ("weight", "bias")
+    for name in names:
         parameter = module._parameters.get(name)
         if parameter is not None and parameter.requires_grad != wanted:
             plan.set_requires_grad(module, name, wanted)

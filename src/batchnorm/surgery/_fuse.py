@@ -10,7 +10,7 @@ from batchnorm import nn as ours
 from batchnorm import ops
 from batchnorm._walk import Changes, Plan, Spot, hooks_of, prepared
 from batchnorm.surgery import _kinds as kinds
-from batchnorm.surgery._fitness import outside, unconvertible
+from batchnorm.surgery._fitness import of_a_domain, outside, unconvertible
 from batchnorm.surgery._links import Links
 from batchnorm.surgery._matches import Activation, Match, common, match
 from batchnorm.surgery._memory import AGAIN, Memory, check_memory, too_long
@@ -180,7 +180,7 @@ class _Fusing:
     def _norm(self, spot: Spot) -> None:
         module = spot.module
         reason = next((self.kept[name] for name in spot.names if name in self.kept), "")
-        reason = reason or unconvertible(module, CLASSES)
+        reason = reason or of_a_domain(spot) or unconvertible(module, CLASSES)
         kind = self.taken.get(id(module))
         why = self.notes.get(id(module), "no forward that could be traced calls it")
         again = self.memory == "recompute" and id(module) not in self.outputs_kept

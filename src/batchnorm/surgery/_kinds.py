@@ -11,7 +11,7 @@ from torch.nn.modules import activation, pooling
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 
-from batchnorm.nn import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from batchnorm.nn import BatchNorm1d, BatchNorm2d, BatchNorm3d, DomainBatchNorm
 
 __all__ = [
     "ACTIVATION_FUNCTIONS",
@@ -132,7 +132,7 @@ def is_batch_norm(module: nn.Module) -> bool:
 
 def is_norm(module: nn.Module) -> bool:
     """A normalization layer; layers of other packages are known by their names."""
-    if isinstance(module, _NORMS):
+    if isinstance(module, (*_NORMS, DomainBatchNorm)):
         return True
     return not module._modules and any(name in _class_name(module) for name in _NORM_NAMES)
 

@@ -7,22 +7,14 @@ from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 
-from batchnorm import nn as ours
 from batchnorm._walk import Changes, Plan, Spot, hooks_of, prepared
+from batchnorm.nn.batch_norm import Extras
 from batchnorm.surgery import _kinds as kinds
+from batchnorm.surgery._fitness import of_a_domain
 from batchnorm.surgery._trace import Traced, Untraceable, apply_checked, trace
 from batchnorm.surgery._unnormalized import Unnormalized
 
 __all__ = ["remove"]
-
-_OURS = (
-    ours.BatchNorm1d,
-    ours.BatchNorm2d,
-    ours.BatchNorm3d,
-    ours.LazyBatchNorm1d,
-    ours.LazyBatchNorm2d,
-    ours.LazyBatchNorm3d,
-)
 
 
 def remove(model: nn.Module, *, inplace: bool = False) -> Changes:
@@ -114,9 +106,11 @@ def _only_named_so(module: nn.Module) -> bool:
 def _unfit(spot: Spot, traced: Traced | None) -> str:
     """Why this batch norm stays; "" if it can go."""
     module = spot.module
+    if of_a_domain(spot):
+        return of_a_domain(spot)
     if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():
         return "its shape is not known yet: run one batch through the model first"
-    if kinds.has_own_forward(module, _BatchNorm, nn.SyncBatchNorm, *_OURS):
+    if kinds.has_own_forward(module, _BatchNorm, nn.SyncBatchNorm, Extras):
         return f"{type(module).__name__} has a forward of its own, which may do more than normalize"
     hooks = hooks_of(module)
     if hooks:
@@ -130,7 +124,7 @@ def _unfit(spot: Spot, traced: Traced | None) -> str:
 
 def _replacement(module: nn.Module) -> nn.Module:
     new: nn.Module = nn.Identity()
-    if isinstance(module, _OURS):
+    if isinstance(module, Extras):
         new = Unnormalized(module.activation, module.negative_slope)
     new.training = module.training
     return new
