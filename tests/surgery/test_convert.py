@@ -254,3 +254,10 @@ def test_a_member_registers_itself() -> None:
             register(Family("ghost-test", {}))
     finally:
         del FAMILIES["ghost-test"]
+
+
+def test_a_rule_for_single_values_is_not_lost() -> None:
+    model = nn.Sequential(batchnorm.BatchNorm2d(3, single="zero"))
+    changes = batchnorm.convert(model, "torch")
+    assert reasons(changes)["0"] == "it has single='zero', which BatchNorm2d does not have"
+    assert not batchnorm.convert(model, "ghost").skipped

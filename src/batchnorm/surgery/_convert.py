@@ -374,8 +374,9 @@ def _lost(
         return ""
     if module.activation is not None:
         return f"it holds the activation {module.activation!r}, which {cls.__name__} does not have"
-    if module.nonfinite != "propagate":
-        return f"it has nonfinite={module.nonfinite!r}, which {cls.__name__} does not have"
+    for name in ("nonfinite", "single"):
+        if getattr(module, name) != getattr(Extras, name):
+            return f"it has {name}={getattr(module, name)!r}, which {cls.__name__} does not have"
     if any(has_more(called or module, part) for part in parts):
         return f"it is called with a residual or a mask, which {cls.__name__} does not take"
     return ""
