@@ -28,12 +28,14 @@ _HOME = {
     "OutputError": "_errors",
     "RecalibratedLayer": "stats",
     "Recalibration": "stats",
+    "SyncBatchNorm": "nn",
     "Trace": "explain",
     "Translation": "stats",
     "absorb_bias": "surgery",
     "adapt": "stats",
     "averaged": "stats",
     "batch_norm": "functional",
+    "check_sync": "nn",
     "compare": "comparison",
     "convert": "surgery",
     "explain_backend": "ops",
@@ -74,6 +76,8 @@ if TYPE_CHECKING:
     from batchnorm.nn import LazyBatchNorm1d as LazyBatchNorm1d
     from batchnorm.nn import LazyBatchNorm2d as LazyBatchNorm2d
     from batchnorm.nn import LazyBatchNorm3d as LazyBatchNorm3d
+    from batchnorm.nn import SyncBatchNorm as SyncBatchNorm
+    from batchnorm.nn import check_sync as check_sync
     from batchnorm.ops import explain_backend as explain_backend
     from batchnorm.stats import Adapted as Adapted
     from batchnorm.stats import Averaged as Averaged

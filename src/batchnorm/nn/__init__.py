@@ -6,6 +6,8 @@ from batchnorm.nn.batch_norm import BatchNorm3d as BatchNorm3d
 from batchnorm.nn.lazy import LazyBatchNorm1d as LazyBatchNorm1d
 from batchnorm.nn.lazy import LazyBatchNorm2d as LazyBatchNorm2d
 from batchnorm.nn.lazy import LazyBatchNorm3d as LazyBatchNorm3d
+from batchnorm.nn.sync import SyncBatchNorm as SyncBatchNorm
+from batchnorm.nn.sync_check import check_sync as check_sync
 
 __all__ = [
     "BatchNorm1d",
@@ -14,4 +16,6 @@ __all__ = [
     "LazyBatchNorm1d",
     "LazyBatchNorm2d",
     "LazyBatchNorm3d",
+    "SyncBatchNorm",
+    "check_sync",
 ]

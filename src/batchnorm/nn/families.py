@@ -8,6 +8,7 @@ import torch
 from batchnorm._errors import InputError, message
 from batchnorm.nn.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from batchnorm.nn.lazy import LazyBatchNorm1d, LazyBatchNorm2d, LazyBatchNorm3d
+from batchnorm.nn.sync import SyncBatchNorm
 
 __all__ = ["FAMILIES", "Family", "family_of", "register"]
 
@@ -61,3 +62,4 @@ register(
     )
 )
 register(Family("torch-sync", dict.fromkeys((1, 2, 3), torch.nn.SyncBatchNorm)))
+register(Family("sync", dict.fromkeys((1, 2, 3), SyncBatchNorm)))

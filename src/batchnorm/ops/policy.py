@@ -182,13 +182,14 @@ def train_by(
     is_traced: bool,
 ) -> Tensor:
     """A training step with a policy between its halves; updates the running statistics and their counter."""
+    transformed = torch._C._are_functorch_transforms_active() and not torch.compiler.is_compiling()
+    if transformed:
+        _refuse_unless_local(policy, "function transforms (torch.func)")
     if running is not None and running.num_batches_tracked is not None:
         running.num_batches_tracked.add_(1)
     groups = policy.groups(input)
-    transformed = torch._C._are_functorch_transforms_active() and not torch.compiler.is_compiling()
     kernels: Any
     if transformed:
-        _refuse_unless_local(policy, "function transforms (torch.func)")
         kernels = reference
     else:
         kernels = traced.Registered(backend) if is_traced else kernels_of(backend)
