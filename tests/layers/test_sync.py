@@ -1,56 +1,19 @@
 """SyncBatchNorm with two, three and four processes on gloo, against one process with the whole batch."""
 
 import copy
-import importlib.util
-import os
 import pickle
-import subprocess
-import sys
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
+import sync_worker as worker
 import torch
 from helpers import same_bits
 from torch import Tensor, nn
 
 import batchnorm
 
-WORKER = Path(__file__).with_name("sync_worker.py")
-spec = importlib.util.spec_from_file_location("sync_worker", WORKER)
-assert spec is not None
-assert spec.loader is not None
-worker: ModuleType = importlib.util.module_from_spec(spec)
-sys.modules["sync_worker"] = worker  # its dataclass looks itself up
-spec.loader.exec_module(worker)
-
 # Of the largest value: what float32 outputs and gradients may differ by. bfloat16 is compared at its own rounding.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 2.0**-8}
-
-
-def together(world: int, folder: Path, task: str = "everything") -> list[dict[str, Any]]:
-    """What all processes found. This process is rank 0, for another child would import torch once more."""
-    paths = [str(WORKER.parent), *(path for path in sys.path if path)]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
-    command = [sys.executable, "-W", "error", str(WORKER)]
-    children = [
-        subprocess.Popen(
-            [*command, str(rank), str(world), str(folder), "cpu", task],
-            env=environment,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(1, world)
-    ]
-    try:
-        worker.main(0, world, folder, "cpu", task)
-        errors = [child.communicate(timeout=90)[1] for child in children]
-    finally:
-        for child in children:
-            child.kill()
-    assert not any(child.returncode for child in children), errors
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world)]
 
 
 @pytest.fixture(
@@ -59,7 +22,7 @@ def together(world: int, folder: Path, task: str = "everything") -> list[dict[st
     ids=lambda world: f"{world} processes",
 )
 def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return together(request.param, tmp_path_factory.mktemp("sync"))
+    return worker.together(request.param, tmp_path_factory.mktemp("sync"))
 
 
 def cat(tensors: list[Tensor | None]) -> Tensor | None:

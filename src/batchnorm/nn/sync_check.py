@@ -1,7 +1,6 @@
 """`check_sync`: who calls which synchronized layer, told over a side channel, so that a mistake is no hang."""
 
 import hashlib
-import itertools
 import json
 import time
 from collections.abc import Iterator, Sequence
@@ -16,9 +15,6 @@ from batchnorm._errors import InputError, InputTypeError, ModelError, message
 from batchnorm.nn.sync import SyncBatchNorm
 
 __all__ = ["check_sync"]
-
-# How often this process has entered check_sync: processes that do the same have the same number.
-_entries = itertools.count()
 
 _FIX = "Every process of the group must call the same layers in the same order, all of them in training mode."
 # Added to a meeting's counter by who gives up; more than there are processes.
@@ -57,16 +53,18 @@ def check_sync(model: nn.Module, timeout: float = 30.0) -> Iterator[None]:
         ...     model(torch.randn(8, 3)).square().mean().backward()
     """
     layers = _layers(model, timeout)
-    number = next(_entries)
     channels: dict[tuple[int, ...], _Channel] = {}
     hooks = []
     if dist.is_available() and dist.is_initialized():
+        # The store counts how often this process has entered: those that do the same have the same number.
+        store = dist.PrefixStore("batchnorm/check_sync", dist.distributed_c10d._get_default_store())
+        number = store.add(f"entries/{dist.get_rank()}", 1)
         for name, layer in layers:
             if dist.get_world_size(layer.process_group) < 2:
                 continue
             ranks = tuple(dist.get_process_group_ranks(layer.process_group))
             if ranks not in channels:
-                channels[ranks] = _Channel(ranks, number, timeout)
+                channels[ranks] = _Channel(ranks, dist.PrefixStore(str(number), store), timeout)
             watcher = _Watcher(name, channels[ranks])
             hooks.append(layer.register_forward_pre_hook(watcher.before, with_kwargs=True))
             hooks.append(layer.register_forward_hook(watcher.behind))
@@ -135,11 +133,10 @@ class _Watcher:
 class _Channel:
     """What the processes of one group tell each other over the store; every process makes the same one."""
 
-    def __init__(self, ranks: tuple[int, ...], number: int, timeout: float) -> None:
+    def __init__(self, ranks: tuple[int, ...], store: dist.Store, timeout: float) -> None:
         self.ranks, self.rank, self.timeout = ranks, dist.get_rank(), timeout
         members = hashlib.sha256(str(ranks).encode()).hexdigest()[:16]
-        store = dist.distributed_c10d._get_default_store()
-        self.store = dist.PrefixStore(f"batchnorm/check_sync/{number}/{members}", store)
+        self.store = dist.PrefixStore(members, store)
         self.meetings = 0
         self.noted: list[str] = []
         self.last = ""

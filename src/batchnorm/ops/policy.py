@@ -183,16 +183,14 @@ def train_by(
 ) -> Tensor:
     """A training step with a policy between its halves; updates the running statistics and their counter."""
     transformed = torch._C._are_functorch_transforms_active() and not torch.compiler.is_compiling()
+    kernels: Any = reference
     if transformed:
         _refuse_unless_local(policy, "function transforms (torch.func)")
+    else:
+        kernels = traced.Registered(backend) if is_traced else kernels_of(backend)
     if running is not None and running.num_batches_tracked is not None:
         running.num_batches_tracked.add_(1)
     groups = policy.groups(input)
-    kernels: Any
-    if transformed:
-        kernels = reference
-    else:
-        kernels = traced.Registered(backend) if is_traced else kernels_of(backend)
     with torch.set_grad_enabled(transformed and torch.is_grad_enabled()):
         statistics = policy.statistics(*kernels.moments(input, mask, groups))
         with torch.no_grad():

@@ -1,6 +1,9 @@
 """One process of the tests of SyncBatchNorm: it runs every case on its share of the batch and saves what came of it."""
 
 import copy
+import importlib
+import os
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -359,24 +362,46 @@ def everything(rank: int, world: int, device: str = "cpu") -> dict[str, Any]:
     return found
 
 
-def main(rank: int, world: int, folder: Path, device: str = "cpu", task: str = "everything") -> None:
+def main(rank: int, world: int, folder: Path, device: str = "cpu", task: str = "") -> None:
     where = f"file://{folder / 'rendezvous'}"
-    backend = "nccl" if device.startswith("cuda") else "gloo"
-    dist.init_process_group(backend, where, timedelta(seconds=60), world, rank)
+    if device != "cpu":
+        torch.cuda.set_device(rank)
+    dist.init_process_group(
+        "gloo" if device == "cpu" else "nccl", where, timedelta(seconds=60), world_size=world, rank=rank
+    )
     before = torch.are_deterministic_algorithms_enabled()
     # torch.empty gives NaN: what an exchange forgets to fill cannot look right by luck.
-    torch.use_deterministic_algorithms(True)
+    torch.use_deterministic_algorithms(True, warn_only=device != "cpu")
     try:
-        if task == "everything":
-            found = everything(rank, world, device)
-        else:
-            import sync_tasks  # beside this file; compilers are slow, and mistakes take their time-outs
-
-            found = getattr(sync_tasks, task)(rank, world)
-        torch.save(found, folder / f"{rank}.pt")
+        # Another module's task: compilers are slow, and mistakes take their time-outs.
+        run = getattr(importlib.import_module("sync_tasks"), task) if task else everything
+        torch.save(run(rank, world) if task else run(rank, world, device), folder / f"{rank}.pt")
     finally:
         torch.use_deterministic_algorithms(before)
         dist.destroy_process_group()
+
+
+def together(world: int, folder: Path, device: str = "cpu", task: str = "") -> list[dict[str, Any]]:
+    """What all processes found. This process is rank 0, for another child would import torch once more."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    command = [sys.executable, "-W", "error", str(Path(__file__))]
+    children = [
+        subprocess.Popen(
+            [*command, str(rank), str(world), str(folder), device, task],
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(1, world)
+    ]
+    try:
+        main(0, world, folder, device, task)
+        errors = [child.communicate(timeout=90)[1] for child in children]
+    finally:
+        for child in children:
+            child.kill()
+    assert not any(child.returncode for child in children), errors
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world)]
 
 
 if __name__ == "__main__":
