@@ -95,7 +95,7 @@ def test_targets() -> None:
     assert names(changes) == ["1"]
     assert "another number of axes" in reasons(changes)["0"]
     for wrong in ("bn", nn.Linear, batchnorm.LazyBatchNorm1d):
-        with pytest.raises(batchnorm.InputError, match="'batchnorm', .*'sync', 'torch', 'torch-sync'"):
+        with pytest.raises(batchnorm.InputError, match=r"'batchnorm', .*'sync', 'torch', 'torch-sync'"):
             batchnorm.convert(model, wrong)
     with pytest.raises(batchnorm.InputTypeError):
         batchnorm.convert(model, 3)

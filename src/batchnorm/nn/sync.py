@@ -146,7 +146,7 @@ class SyncBatchNorm(Member):
         copy = type(self).__new__(type(self))
         memo[id(self)] = copy
         memo[id(self.process_group)] = self.process_group
-        copy.__setstate__(deepcopy(self.__dict__, memo))
+        copy.__dict__.update(deepcopy(self.__dict__, memo))
         return copy
 
     def extra_repr(self) -> str:
