@@ -125,6 +125,39 @@ def run_case(
     return {"steps": steps, "buffers": {name: value.cpu() for name, value in layer.named_buffers()}}
 
 
+def cat(tensors: list[Tensor | None]) -> Tensor | None:
+    """The whole batch of its parts."""
+    return None if tensors[0] is None else torch.cat(tensors)
+
+
+def close(got: Tensor, want: Tensor, tolerance: float) -> None:
+    """Within a part of the largest value."""
+    assert got.shape == want.shape
+    assert (got.double() - want).abs().max() <= tolerance * want.abs().max() + 1e-300
+
+
+def whole(case: Case, world: int) -> dict[str, Any]:
+    """The plain layer of this package on the whole batch."""
+    kind = {
+        0: batchnorm.BatchNorm1d,
+        1: batchnorm.BatchNorm1d,
+        2: batchnorm.BatchNorm2d,
+        3: batchnorm.BatchNorm3d,
+    }
+    wide = case.dtype if case.dtype == torch.float64 else torch.float32
+    layer = kind[len(case.tail)](
+        CHANNELS, momentum=case.momentum, affine=case.affine, activation=case.activation, dtype=wide
+    )
+    joined = copy.copy(case)
+    parts = {step: case.tensors(step, world) for step in range(case.steps)}
+    object.__setattr__(
+        joined,
+        "tensors",
+        lambda step, world: [{name: cat([part[name] for part in parts[step]]) for name in parts[step][0]}],
+    )
+    return run_case(joined, 0, 1, "cpu", case.load(layer))
+
+
 @contextmanager
 def gathering(most: int) -> Iterator[None]:
     """Another number of processes above which sums are exchanged."""
@@ -364,10 +397,10 @@ def everything(rank: int, world: int, device: str = "cpu") -> dict[str, Any]:
 
 def main(rank: int, world: int, folder: Path, device: str = "cpu", task: str = "") -> None:
     where = f"file://{folder / 'rendezvous'}"
-    if device != "cpu":
+    if device == "cuda":  # one each; "cuda:0" is one for all, between whose processes gloo copies
         torch.cuda.set_device(rank)
     dist.init_process_group(
-        "gloo" if device == "cpu" else "nccl", where, timedelta(seconds=60), world_size=world, rank=rank
+        "nccl" if device == "cuda" else "gloo", where, timedelta(seconds=60), world_size=world, rank=rank
     )
     before = torch.are_deterministic_algorithms_enabled()
     # torch.empty gives NaN: what an exchange forgets to fill cannot look right by luck.

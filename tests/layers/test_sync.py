@@ -8,6 +8,7 @@ import pytest
 import sync_worker as worker
 import torch
 from helpers import same_bits
+from sync_worker import cat, close
 from torch import Tensor, nn
 
 import batchnorm
@@ -23,15 +24,6 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 2.0**-8}
 )
 def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return worker.together(request.param, tmp_path_factory.mktemp("sync"))
-
-
-def cat(tensors: list[Tensor | None]) -> Tensor | None:
-    return None if tensors[0] is None else torch.cat(tensors)
-
-
-def close(got: Tensor, want: Tensor, tolerance: float) -> None:
-    assert got.shape == want.shape
-    assert (got.double() - want).abs().max() <= tolerance * want.abs().max() + 1e-300
 
 
 def expected(case: Any, world: int) -> tuple[list[list[Tensor]], Tensor, Tensor]:
@@ -70,28 +62,6 @@ def expected(case: Any, world: int) -> tuple[list[list[Tensor]], Tensor, Tensor]
     return steps, mean_run, var_run
 
 
-def whole(case: Any, world: int) -> dict[str, Any]:
-    """The plain layer of this package on the whole batch."""
-    kind = {
-        0: batchnorm.BatchNorm1d,
-        1: batchnorm.BatchNorm1d,
-        2: batchnorm.BatchNorm2d,
-        3: batchnorm.BatchNorm3d,
-    }
-    wide = case.dtype if case.dtype == torch.float64 else torch.float32
-    layer = kind[len(case.tail)](
-        worker.CHANNELS, momentum=case.momentum, affine=case.affine, activation=case.activation, dtype=wide
-    )
-    joined = copy.copy(case)
-    parts = {step: case.tensors(step, world) for step in range(case.steps)}
-    object.__setattr__(
-        joined,
-        "tensors",
-        lambda step, world: [{name: cat([part[name] for part in parts[step]]) for name in parts[step][0]}],
-    )
-    return worker.run_case(joined, 0, 1, "cpu", case.load(layer))
-
-
 @pytest.mark.parametrize("name", worker.CASES)
 @pytest.mark.parametrize("way", ["gather", "reduce"])
 def test_processes_are_one_process_with_the_whole_batch(
@@ -100,7 +70,7 @@ def test_processes_are_one_process_with_the_whole_batch(
     case, world = worker.CASES[name], len(results)
     found = [result["cases"][f"{way}: {name}"] for result in results]
     steps, mean, var = expected(case, world)
-    plain = whole(case, world)
+    plain = worker.whole(case, world)
     tolerance = TOLERANCE[case.dtype]
     # At 10⁴ σ the sums about a pivot of 0 lose 2.2e-16·10⁸; a float64 mean of 10 σ has its own last digit.
     if case.dtype == torch.float64 and way == "reduce":
