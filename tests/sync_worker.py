@@ -366,6 +366,16 @@ def poisoned(rank: int) -> dict[str, Any]:
     return found
 
 
+def constants(rank: int) -> dict[str, Tensor]:
+    """Channels of one value each, far from the pivot: what is left of their variance is rounding alone."""
+    values = torch.logspace(3, 8, 64).expand(3 + rank, 64).contiguous()
+    found = {}
+    for way, most in (("gather", 64), ("reduce", 1)):
+        with gathering(most):
+            found[way] = batchnorm.SyncBatchNorm(64)(values).detach()
+    return found
+
+
 def converted(rank: int) -> dict[str, Any]:
     """There and back by convert, with a group."""
     group = dist.new_group()
@@ -391,7 +401,7 @@ def everything(rank: int, world: int, device: str = "cpu") -> dict[str, Any]:
     found |= {"statistics": statistics(rank, world), "wrapped": wrapped(rank)}
     found |= {"some": group_of_some(rank, world), "collectives": collectives(rank), "mpi": mpi(rank)}
     found |= {"single": single(rank), "refused": refused(rank), "poisoned": poisoned(rank)}
-    found |= {"converted": converted(rank)}
+    found |= {"converted": converted(rank), "constants": constants(rank)}
     return found
 
 

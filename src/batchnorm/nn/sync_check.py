@@ -62,7 +62,7 @@ def check_sync(model: nn.Module, timeout: float = 30.0) -> Iterator[None]:
         for name, layer in layers:
             if dist.get_world_size(layer.process_group) < 2:
                 continue
-            ranks = tuple(dist.get_process_group_ranks(layer.process_group))
+            ranks = tuple(dist.get_process_group_ranks(layer.process_group or dist.group.WORLD))
             if ranks not in channels:
                 channels[ranks] = _Channel(ranks, dist.PrefixStore(str(number), store), timeout)
             watcher = _Watcher(name, channels[ranks])
