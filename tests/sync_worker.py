@@ -298,7 +298,8 @@ def single(rank: int) -> dict[str, Any]:
     x = torch.full((1 if rank == 0 else 0, 3), 7.0, requires_grad=True)
     for rule in ("error", "zero", "running"):
         for way, most in (("gather", 64), ("reduce", 1)):
-            layer = batchnorm.SyncBatchNorm(3, single=rule)
+            # A plain average divides by the counter, which "running" leaves at 0.
+            layer = batchnorm.SyncBatchNorm(3, momentum=None if rule == "running" else 0.1, single=rule)
             layer.running_mean.fill_(5.0)
             layer.running_var.fill_(4.0)
             layer.bias.data.fill_(0.25)
@@ -368,11 +369,11 @@ def poisoned(rank: int) -> dict[str, Any]:
 
 def constants(rank: int) -> dict[str, Tensor]:
     """Channels of one value each, far from the pivot: what is left of their variance is rounding alone."""
-    values = torch.logspace(3, 8, 64).expand(3 + rank, 64).contiguous()
+    values = torch.logspace(3, 8, 64, dtype=torch.float64).expand(3 + rank, 64).contiguous()
     found = {}
     for way, most in (("gather", 64), ("reduce", 1)):
         with gathering(most):
-            found[way] = batchnorm.SyncBatchNorm(64)(values).detach()
+            found[way] = batchnorm.SyncBatchNorm(64, dtype=torch.float64)(values).detach()
     return found
 
 

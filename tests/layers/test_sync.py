@@ -237,7 +237,7 @@ def test_a_nan_stays_in_its_channel(results: list[dict[str, Any]]) -> None:
 
 def test_constant_channels(results: list[dict[str, Any]]) -> None:
     for result in results:
-        assert not result["constants"]["gather"].any()
+        assert result["constants"]["gather"].abs().max() < 1e-5
         # The mean is a float64 number: at 10⁸ it is off by 1.5e-8, which 1/√ε makes 5e-6.
         assert result["constants"]["reduce"].abs().max() < 1e-5
 
