@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from sync_worker import CHANNELS, Case, gathering
+from sync_cases import CHANNELS, Case, gathering
 from torch import Tensor, nn
 
 import batchnorm

@@ -8,6 +8,7 @@ import importlib.util
 from pathlib import Path
 
 import pytest
+import sync_cases
 import sync_worker
 import torch
 from torch import Tensor, nn
@@ -419,8 +420,8 @@ NCCL = pytest.param(
 def test_two_processes_are_one_with_the_whole_batch(device: str, tmp_path: Path) -> None:
     """As tests/layers/test_sync.py on the CPU."""
     results = sync_worker.together(2, tmp_path, device)
-    for name, case in sync_worker.CASES.items():
-        exact = sync_worker.whole(case, 2)
+    for name, case in sync_cases.CASES.items():
+        exact = sync_cases.whole(case, 2)
         for way in ("gather", "reduce"):
             found = [result["cases"][f"{way}: {name}"] for result in results]
             tolerance = max(TOLERANCE.get(case.dtype, 0.0), 1e-5)

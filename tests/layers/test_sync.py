@@ -8,10 +8,11 @@ import pytest
 import sync_worker as worker
 import torch
 from helpers import same_bits
-from sync_worker import cat, close
+from sync_cases import CASES, CHANNELS, Case, cat, close, whole
 from torch import Tensor, nn
 
 import batchnorm
+from batchnorm.policies import sync
 
 # Of the largest value: what float32 outputs and gradients may differ by. bfloat16 is compared at its own rounding.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 2.0**-8}
@@ -26,13 +27,13 @@ def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     return worker.together(request.param, tmp_path_factory.mktemp("sync"))
 
 
-def expected(case: Any, world: int) -> tuple[list[list[Tensor]], Tensor, Tensor]:
+def expected(case: Case, world: int) -> tuple[list[list[Tensor]], Tensor, Tensor]:
     """Batch norm of the whole batch by its formula, in float64: outputs, gradients, running statistics."""
-    layer = case.load(batchnorm.SyncBatchNorm(worker.CHANNELS, affine=case.affine))
+    layer = case.load(batchnorm.SyncBatchNorm(CHANNELS, affine=case.affine))
     parameters = [p.detach().double().requires_grad_() for p in layer.parameters()]
     acts = {None: lambda z: z, "leaky_relu": lambda z: nn.functional.leaky_relu(z, 0.01)}
     act = acts.get(case.activation) or getattr(nn.functional, case.activation)
-    mean_run, var_run = torch.zeros(worker.CHANNELS).double(), torch.ones(worker.CHANNELS).double()
+    mean_run, var_run = torch.zeros(CHANNELS).double(), torch.ones(CHANNELS).double()
     steps = []
     for step in range(case.steps):
         parts = case.tensors(step, world)
@@ -62,15 +63,15 @@ def expected(case: Any, world: int) -> tuple[list[list[Tensor]], Tensor, Tensor]
     return steps, mean_run, var_run
 
 
-@pytest.mark.parametrize("name", worker.CASES)
+@pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("way", ["gather", "reduce"])
 def test_processes_are_one_process_with_the_whole_batch(
     results: list[dict[str, Any]], way: str, name: str
 ) -> None:
-    case, world = worker.CASES[name], len(results)
+    case, world = CASES[name], len(results)
     found = [result["cases"][f"{way}: {name}"] for result in results]
     steps, mean, var = expected(case, world)
-    plain = worker.whole(case, world)
+    plain = whole(case, world)
     tolerance = TOLERANCE[case.dtype]
     # At 10⁴ σ the sums about a pivot of 0 lose 2.2e-16·10⁸; a float64 mean of 10 σ has its own last digit.
     if case.dtype == torch.float64 and way == "reduce":
@@ -97,10 +98,10 @@ def test_processes_are_one_process_with_the_whole_batch(
 
 def test_an_empty_process_gets_gradients_of_its_shape(results: list[dict[str, Any]]) -> None:
     y, dx, dweight, dbias = results[1]["cases"]["gather: one empty"]["steps"][0]
-    assert y.shape == dx.shape == (0, worker.CHANNELS, 4, 3)
+    assert y.shape == dx.shape == (0, CHANNELS, 4, 3)
     assert not dweight.any()
     assert not dbias.any()
-    assert dweight.shape == dbias.shape == (worker.CHANNELS,)
+    assert dweight.shape == dbias.shape == (CHANNELS,)
 
 
 def test_both_ways_of_exchange_at_an_offset(results: list[dict[str, Any]]) -> None:
@@ -144,8 +145,8 @@ def test_collectives(results: list[dict[str, Any]]) -> None:
 
 
 def test_a_backend_that_gathers_into_lists(results: list[dict[str, Any]]) -> None:
-    inputs = [part["x"] for part in worker.Case().tensors(0, len(results))]
-    y = batchnorm.BatchNorm2d(worker.CHANNELS)(torch.cat(inputs))
+    inputs = [part["x"] for part in Case().tensors(0, len(results))]
+    y = batchnorm.BatchNorm2d(CHANNELS)(torch.cat(inputs))
     close(torch.cat([result["mpi"] for result in results]), y.double(), 1e-6)
 
 
@@ -171,10 +172,10 @@ def test_distributed_data_parallel(results: list[dict[str, Any]]) -> None:
 
 def test_a_group_of_some(results: list[dict[str, Any]]) -> None:
     world = len(results)
-    inputs = [part["x"] for part in worker.Case().tensors(0, world)]
+    inputs = [part["x"] for part in Case().tensors(0, world)]
     members = sorted({0, world - 1})
     for rank, result in enumerate(results):
-        plain, some = batchnorm.BatchNorm2d(worker.CHANNELS), result["some"]
+        plain, some = batchnorm.BatchNorm2d(CHANNELS), result["some"]
         y = plain(torch.cat([inputs[each] for each in members]) if rank in members else inputs[rank])
         if rank in members:
             y = y.split([len(inputs[each]) for each in members])[members.index(rank)]
@@ -223,7 +224,7 @@ def test_what_is_refused(results: list[dict[str, Any]]) -> None:
 
 
 def test_a_nan_stays_in_its_channel(results: list[dict[str, Any]]) -> None:
-    others = [0, *range(2, worker.CHANNELS)]
+    others = [0, *range(2, CHANNELS)]
     for result in results:
         for way in ("gather", "reduce"):
             clean, poisoned = (result["poisoned"][f"{name} {way}"] for name in ("clean", "poisoned"))
@@ -296,7 +297,7 @@ def test_it_is_a_batch_norm_that_can_be_kept() -> None:
 
 def test_the_hash_of_the_pivot_depends_on_every_place() -> None:
     pivot = torch.randn(64, dtype=torch.float64)
-    digest = worker.sync._digest
+    digest = sync._digest
     found = {digest(pivot).item()}
     for place in range(64):
         other = pivot.clone()
