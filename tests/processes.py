@@ -35,7 +35,7 @@ def together(worker: Path, processes: int, *arguments: str, timeout: float = 100
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     children = [
         subprocess.Popen(
-            [sys.executable, str(worker), str(rank), *arguments],
+            [sys.executable, "-W", "error", str(worker), str(rank), *arguments],
             env=environment,
             stderr=subprocess.PIPE,
             text=True,

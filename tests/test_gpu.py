@@ -1,11 +1,15 @@
 """On a CUDA device, against PyTorch's layer in float64 on the same numbers.
 
-`make test-gpu` runs this file with nothing installed but torch and pytest: import nothing else here.
+`make test-gpu` runs this file with nothing installed but torch and pytest: import nothing else here (but helpers
+that do not either).
 """
 
 import importlib.util
+from pathlib import Path
 
 import pytest
+import sync_cases
+import sync_worker
 import torch
 from torch import Tensor, nn
 
@@ -401,3 +405,31 @@ def test_outputs_that_are_computed_again(dtype: torch.dtype, layout: torch.memor
     assert kept[0] - kept[1] > 1.9 * x.numel() * x.element_size()
     for again, wanted in zip(gradients[1], gradients[0], strict=True):
         close(again, wanted.double(), TOLERANCE[dtype])
+
+
+NCCL = pytest.param(
+    "cuda",
+    marks=pytest.mark.skipif(
+        torch.cuda.device_count() < 2, reason="needs two CUDA devices, one for each process"
+    ),
+    id="nccl",
+)
+
+
+@pytest.mark.parametrize("device", [NCCL, pytest.param("cuda:0", id="gloo")])
+def test_two_processes_are_one_with_the_whole_batch(device: str, tmp_path: Path) -> None:
+    """As tests/layers/test_sync.py on the CPU."""
+    results = sync_worker.together(2, tmp_path, device)
+    for name, case in sync_cases.CASES.items():
+        exact = sync_cases.whole(case, 2)
+        for way in ("gather", "reduce"):
+            found = [result["cases"][f"{way}: {name}"] for result in results]
+            tolerance = max(TOLERANCE.get(case.dtype, 0.0), 1e-5)
+            for step, wanted in enumerate(exact["steps"]):
+                for at in (0, 1):  # y and dx
+                    close(
+                        torch.cat([part["steps"][step][at] for part in found]), wanted[at].double(), tolerance
+                    )
+            for key, value in exact["buffers"].items():
+                close(found[0]["buffers"][key], value.double(), 1e-5)
+                assert torch.equal(found[0]["buffers"][key], found[1]["buffers"][key])

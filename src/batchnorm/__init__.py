@@ -34,6 +34,7 @@ _HOME = {
     "OutputError": "_errors",
     "RecalibratedLayer": "stats",
     "Recalibration": "stats",
+    "SyncBatchNorm": "nn",
     "Trace": "explain",
     "Translation": "stats",
     "VirtualBatchNorm": "nn",
@@ -43,6 +44,7 @@ _HOME = {
     "adapt": "stats",
     "averaged": "stats",
     "batch_norm": "functional",
+    "check_sync": "nn",
     "compare": "comparison",
     "condition": "nn",
     "convert": "surgery",
@@ -91,8 +93,10 @@ if TYPE_CHECKING:
     from batchnorm.nn import LazyBatchNorm1d as LazyBatchNorm1d
     from batchnorm.nn import LazyBatchNorm2d as LazyBatchNorm2d
     from batchnorm.nn import LazyBatchNorm3d as LazyBatchNorm3d
+    from batchnorm.nn import SyncBatchNorm as SyncBatchNorm
     from batchnorm.nn import VirtualBatchNorm as VirtualBatchNorm
     from batchnorm.nn import WhitenedBatchNorm as WhitenedBatchNorm
+    from batchnorm.nn import check_sync as check_sync
     from batchnorm.nn import condition as condition
     from batchnorm.nn import domain as domain
     from batchnorm.nn import reference_batch as reference_batch

@@ -5,7 +5,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from cli_helpers import only_error
 from typer.testing import Result
 
 import batchnorm
-from batchnorm.bench import _worker, process
+from batchnorm.bench import _rank, _worker, process
 from batchnorm.bench.readme import BEGIN, END
 
 Run = Callable[..., Result]
@@ -88,6 +88,60 @@ def test_json_on_stdout_is_all_there_is(run: Run) -> None:
 )
 def test_wrong_options_end_in_one_line_before_any_work(run: Run, arguments: list[str], part: str) -> None:
     assert part in only_error(run(*QUICK, *arguments))
+
+
+@pytest.fixture
+def ranks(monkeypatch: pytest.MonkeyPatch, after: list[int]) -> None:
+    """The first of the processes alone, in this one."""
+
+    def work(jobs: Sequence[Mapping[str, Any]], memory: str = "as-is") -> Iterator[dict[str, Any]]:
+        for number, answer in enumerate(_rank.rank_answers({**jobs[0], "processes": 1})):
+            if after and number == after[0] + 1:  # the first answer is the machine
+                signal.raise_signal(signal.SIGINT)
+            yield answer
+
+    monkeypatch.setattr(process, "work_together", work)
+
+
+TOGETHER = ("bench", "--distributed", "--suite", "tiny", "--rounds", "1")
+
+
+@pytest.mark.usefixtures("ranks")
+def test_synchronized_layers(run: Run, tmp_path: Path) -> None:
+    result = run(*TOGETHER, "--processes", "3", "--json", "b.json", "--html", "b.html")
+    assert result.exit_code == 0, result.stderr
+    assert "Tiny layers, rows, float32: 4 of 4 batch norms" in result.stdout
+    assert "torch.nn.SyncBatchNorm runs on GPUs alone" in " ".join(result.stdout.split())
+    assert result.stdout.rstrip().endswith("report: b.html\njson: b.json")
+    content = json.loads((tmp_path / "b.json").read_text())
+    assert (content["kind"], content["processes"], content["planned"]) == ("synchronization", 3, 2)
+    assert "[2/2] 4×8 none, rows, float32: " in result.stderr
+
+
+@pytest.mark.usefixtures("ranks", "ctrl_c_is_pythons")
+def test_ctrl_c_between_synchronized_layers(run: Run, after: list[int], tmp_path: Path) -> None:
+    after.append(1)
+    result = run(*TOGETHER, "--json", "b.json")
+    assert result.exit_code == 130
+    content = json.loads((tmp_path / "b.json").read_text())
+    assert (content["interrupted"], len(content["results"])) == (True, 1)
+    assert "Interrupted: 1 of 2 cases are finished." in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (
+            ["--distributed", "--against", "compile"],
+            "--against: got a value, expected it without --distributed alone",
+        ),
+        (["--distributed", "--markdown", "README.md"], "--markdown: got a value"),
+        (["--processes", "3"], "--processes: got a value, expected it with --distributed alone"),
+        (["--distributed", "--device", "cuda:1"], "device: got 'cuda:1'"),
+    ],
+)
+def test_options_that_would_say_nothing(run: Run, arguments: list[str], part: str) -> None:
+    assert part in only_error(run("bench", "--suite", "tiny", *arguments))
 
 
 def test_a_wrong_layer_is_a_finding(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -144,6 +144,47 @@ def test_back_from_synchronized_by_the_name(start: str) -> None:
         assert [vars(layer).keys() for layer in each] == attributes
 
 
+@pytest.mark.parametrize("start", ["torch", "batchnorm"])
+def test_through_our_synchronized_layers_and_pytorchs(start: str) -> None:
+    """One class for every number of axes, with a group and without; a layer knows where it came from."""
+    classes = TORCH if start == "torch" else OURS
+    model = nn.ModuleList([randomize(classes[axes](3, eps=0.1, momentum=None)) for axes in (1, 2, 3)])
+    attributes = [vars(layer).keys() for layer in copy.deepcopy(model)]
+    state = copy.deepcopy(model.state_dict())
+    for to, cls in (("sync", batchnorm.SyncBatchNorm), ("torch-sync", nn.SyncBatchNorm), ("sync", None)):
+        changes = batchnorm.convert(model, to, inplace=True)
+        assert not changes.skipped
+        assert {type(layer) for layer in model} == {cls or batchnorm.SyncBatchNorm}
+        assert {(layer.process_group, layer.eps, layer.momentum) for layer in model} == {(None, 0.1, None)}
+    assert "another number of axes" in reasons(batchnorm.convert(model, nn.BatchNorm1d))["2"]
+    for layer, axes in zip(model, (1, 2, 3), strict=True):
+        layer(torch.randn(4, 3, *[5] * axes))
+    model.load_state_dict(state)
+    assert not batchnorm.convert(model, start, inplace=True).skipped
+    assert [type(layer) for layer in model] == list(classes.values())
+    assert [vars(layer).keys() for layer in model] == attributes
+    torch.testing.assert_close(model.state_dict(), state)
+
+
+def test_a_synchronized_layer_keeps_its_activation() -> None:
+    model = nn.Sequential(batchnorm.BatchNorm2d(3, activation="relu", nonfinite="skip", single="zero"))
+    synced = batchnorm.convert(model, batchnorm.SyncBatchNorm)
+    assert type(synced.model[0]) is batchnorm.SyncBatchNorm
+    assert (synced.model[0].activation, synced.model[0].nonfinite, synced.model[0].single) == (
+        "relu",
+        "skip",
+        "zero",
+    )
+    torch.testing.assert_close(synced.model(X), model(X))
+    assert "activation 'relu'" in reasons(batchnorm.convert(synced.model, "torch-sync"))["0"]
+    back = batchnorm.convert(synced.model, "batchnorm").model
+    assert (type(back[0]), back[0].activation) == (batchnorm.BatchNorm2d, "relu")
+    with pytest.raises(batchnorm.InputError, match="options of SyncBatchNorm: got process_group: got str"):
+        batchnorm.convert(model, "sync", process_group="all")
+    with pytest.raises(batchnorm.InputError, match="got 'group'"):
+        batchnorm.convert(model, "sync", group=None)
+
+
 def test_axes_that_the_graph_tells() -> None:
     model = nn.Sequential(
         nn.Conv2d(3, 4, 3),

@@ -7,10 +7,11 @@ It prints the verdict and writes the numbers; `batchnorm bench` has tables, prog
 
 import argparse
 import sys
+from typing import Any
 
 from batchnorm._errors import BatchNormError
 from batchnorm._files import check_writable
-from batchnorm.bench import Benchmark, Silent, measure
+from batchnorm.bench import Benchmark, Silent, Synchronization, measure, measure_distributed
 from batchnorm.bench.plan import BACKENDS, DEFAULT_SUITES, LAYOUTS
 
 __all__ = ["main"]
@@ -30,24 +31,28 @@ def main() -> None:
     try:
         if arguments.json:
             check_writable(arguments.json)
-        result = measure(
-            arguments.suite.split(","),
-            layouts=arguments.layout.split(","),
-            dtypes=arguments.dtype.split(","),
-            device=arguments.device,
-            against=arguments.against.split(","),
-            batch=arguments.batch,
-            threads=arguments.threads,
-            rounds=arguments.rounds,
-            backend=arguments.backend,
-            progress=_Lines(),
-        )
+        common: dict[str, Any] = {
+            "layouts": arguments.layout.split(","),
+            "dtypes": arguments.dtype.split(","),
+            "device": arguments.device,
+            "batch": arguments.batch,
+            "threads": arguments.threads,
+            "rounds": arguments.rounds,
+            "backend": arguments.backend,
+            "progress": _Lines(),
+        }
+        result: Benchmark | Synchronization
+        if arguments.distributed:
+            result = measure_distributed(arguments.suite.split(","), processes=arguments.processes, **common)
+        else:
+            result = measure(arguments.suite.split(","), against=arguments.against.split(","), **common)
         if arguments.json:
             result.save(arguments.json)
     except BatchNormError as error:
         sys.exit(f"error: {error}")
     print(result)
-    print(means(result))
+    if isinstance(result, Benchmark):
+        print(means(result))
     if result.failures or result.interrupted:
         sys.exit(130 if result.interrupted else 1)
 
@@ -75,6 +80,8 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--threads", type=int)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--backend", choices=BACKENDS, help="what runs our layer; else the usual choice")
+    parser.add_argument("--distributed", action="store_true", help="synchronized layers in several processes")
+    parser.add_argument("--processes", type=int, default=2, help="how many, with --distributed")
     parser.add_argument("--json", metavar="FILE")
     return parser.parse_args()
 

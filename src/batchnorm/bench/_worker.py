@@ -3,7 +3,8 @@
     echo '{"task": "machine", "device": "cpu", "threads": null}' | python -m batchnorm.bench._worker
 
 Tasks: "machine" (the header and the speed of a copy), "cases" (each case of the list in turn), "host" (the host's time
-for a layer in a chain). What anything else prints goes to stderr.
+for a layer in a chain), "rank" (one of several processes with synchronized layers). What anything else prints goes to
+stderr.
 """
 
 import json
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from batchnorm.bench import machine
+from batchnorm.bench._rank import rank_answers
 from batchnorm.bench.accuracy import complaint, errors, exact
 from batchnorm.bench.case import OPERATIONS, Case
 from batchnorm.bench.contenders import (
@@ -56,6 +58,8 @@ def answers(job: dict[str, Any]) -> Iterator[dict[str, Any]]:
         yield {"machine": machine.describe(job["device"]), "copy": machine.copy_speed(job["device"])}
     elif job["task"] == "host":
         yield host_seconds(job["device"], job["backend"])
+    elif job["task"] == "rank":
+        yield from rank_answers(job)
     else:
         for fields in job["cases"]:
             case = Case(**{**fields, "shape": tuple(fields["shape"])})

@@ -58,9 +58,20 @@ def exact(case: Case, given: Inputs) -> Exact:
     return Exact(given, dy, values)
 
 
-def errors(function: Callable[..., Tensor], layer: nn.Module, truth: Exact) -> dict[str, float]:
-    """max|got − exact| / max|exact| of everything that a layer computes; NaN where it computes NaN."""
+def errors(
+    function: Callable[..., Tensor],
+    layer: nn.Module,
+    truth: Exact,
+    add: Callable[[Tensor], object] | None = None,
+) -> dict[str, float]:
+    """max|got − exact| / max|exact| of everything that a layer computes; NaN where it computes NaN.
+
+    Where several processes have parts of the batch, `add` makes of a parameter's gradient the sum of theirs.
+    """
     got = dict(zip(_NAMES, gradients(function, layer.train(), truth.given), strict=False))
+    if add is not None:
+        for name in ("dweight", "dbias"):
+            add(got[name])
     reset_statistics(layer, truth.given)
     answer = operation("inference", function, layer, truth.given)()
     assert isinstance(answer, Tensor)  # for the type checker

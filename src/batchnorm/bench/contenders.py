@@ -23,6 +23,7 @@ __all__ = [
     "operation",
     "our_layer",
     "reset_statistics",
+    "synchronized",
 ]
 
 _FUNCTIONS = {"relu": torch.relu, "relu6": nn.functional.relu6}
@@ -108,6 +109,18 @@ def eager(case: Case, given: Inputs) -> nn.Module:
     kind = {2: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}[len(case.shape)]
     layer = kind(case.shape[1], device=given.weight.device, dtype=given.weight.dtype)
     return _Eager(_loaded(layer, given), case.epilogue)
+
+
+def synchronized(
+    case: Case, given: Inputs, kind: type[ours.SyncBatchNorm] | type[nn.SyncBatchNorm]
+) -> nn.Module:
+    """A layer over all processes: ours with the activation in it, PyTorch's with its functions behind it."""
+    channels, device, dtype = case.shape[1], given.weight.device, given.weight.dtype
+    if issubclass(kind, ours.SyncBatchNorm):
+        activation = EPILOGUES[case.epilogue].activation
+        layer = kind(channels, activation=activation, backend=case.backend, device=device, dtype=dtype)
+        return _loaded(layer, given)
+    return _Eager(_loaded(kind(channels, device=device, dtype=dtype), given), case.epilogue)
 
 
 def compiled(case: Case, given: Inputs) -> tuple[Callable[..., Tensor], nn.Module]:

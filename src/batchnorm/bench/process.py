@@ -6,13 +6,14 @@ import platform
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
 from batchnorm._errors import BatchNormError
 
-__all__ = ["WorkerError", "memory_states", "work"]
+__all__ = ["WorkerError", "memory_states", "work", "work_together"]
 
 # glibc takes memory above the first threshold from the system anew each time and gives it back at once, and gives
 # back what lies free at the heap's end above the second. It raises both by itself up to 32 MB and documents that as the
@@ -43,6 +44,57 @@ def work(job: Mapping[str, Any], memory: str = "as-is") -> Iterator[dict[str, An
     Raises:
         WorkerError: it ended early; the message holds its last word.
     """
+    return work_together([job], memory)
+
+
+def work_together(jobs: Sequence[Mapping[str, Any]], memory: str = "as-is") -> Iterator[dict[str, Any]]:
+    """Start a process for each job, all at once, and yield the answers of the first; as `work` does for one.
+
+    Raises:
+        WorkerError: one of them ended early; the message holds its last word.
+    """
+    with ExitStack() as stack:
+        workers = [stack.enter_context(_started(memory)) for _ in jobs]
+        try:
+            for worker, job in zip(workers, jobs, strict=True):
+                worker.tell(job)
+            yield from workers[0].answers()
+        except BrokenPipeError:
+            pass
+        words = [word for worker in workers if (word := worker.last_word())]
+        # When one ends early, the others miss it, and then speak of its connection and not of what was wrong.
+        causes = [word for word in words if "onnection" not in word]
+        if words:
+            raise WorkerError((causes or words)[0])
+
+
+class _Worker:
+    """A process that works on a job."""
+
+    def __init__(self, process: subprocess.Popen[bytes], complaints: IO[bytes]) -> None:
+        self.process = process
+        self.complaints = complaints
+
+    def tell(self, job: Mapping[str, Any]) -> None:
+        """What to do."""
+        assert self.process.stdin is not None  # for the type checker
+        with self.process.stdin:
+            self.process.stdin.write(json.dumps(job).encode())
+
+    def answers(self) -> Iterator[dict[str, Any]]:
+        """What it finds, until it ends."""
+        assert self.process.stdout is not None  # for the type checker
+        for line in self.process.stdout:
+            yield json.loads(line)
+
+    def last_word(self) -> str:
+        """Wait for its end, and say how it was; empty for a good one."""
+        code = self.process.wait()
+        return "" if code == 0 else _last_word(code, self.complaints)
+
+
+@contextmanager
+def _started(memory: str) -> Iterator[_Worker]:
     environment = {**os.environ, **(_RAISED if memory == "raised" else {})}
     with tempfile.TemporaryFile() as complaints:
         process = subprocess.Popen(
@@ -53,21 +105,15 @@ def work(job: Mapping[str, Any], memory: str = "as-is") -> Iterator[dict[str, An
             env=environment,
             start_new_session=True,
         )
-        assert process.stdin is not None  # for the type checker
-        assert process.stdout is not None
         try:
-            with process.stdin:
-                process.stdin.write(json.dumps(job).encode())
-            with process.stdout:
-                for line in process.stdout:
-                    yield json.loads(line)
-            if process.wait() != 0:
-                raise WorkerError(_last_word(process.returncode, complaints))
-        except BrokenPipeError:
-            raise WorkerError(_last_word(process.wait(), complaints)) from None
+            yield _Worker(process, complaints)
         finally:
             process.kill()
             process.wait()
+            for pipe in (process.stdin, process.stdout):
+                with suppress(BrokenPipeError):
+                    assert pipe is not None  # for the type checker
+                    pipe.close()
 
 
 def _last_word(code: int, complaints: IO[bytes]) -> str:

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -10,7 +10,7 @@ import torch
 from batchnorm.bench.record import Timing
 from batchnorm.bench.statistics import median, percentile
 
-__all__ = ["Clock", "CpuClock", "CudaClock", "clock_for", "interleaved"]
+__all__ = ["Clock", "CpuClock", "CudaClock", "calls_and_samples", "clock_for", "interleaved", "timing_of"]
 
 # A sample lasts at least this long, so that the clock's own cost does not count.
 SAMPLE_SECONDS = 1e-3
@@ -113,20 +113,26 @@ def interleaved(
     faults: dict[str, list[float]] = {name: [] for name in functions}
     for number in range(rounds):
         for name in list(functions)[:: -1 if number % 2 else 1]:
-            function, calls = functions[name], max(1, math.ceil(SAMPLE_SECONDS / pace[name]))
+            function = functions[name]
+            calls, count = calls_and_samples(pace[name])
             function()
             before = clock.faults()
-            taken = _round(function, clock, calls, pace[name])
+            taken = _round(function, clock, calls, count)
             after = clock.faults()
             samples[name].append(taken)
             if before is not None and after is not None:
                 faults[name].append((after - before) / (len(taken) * calls))
-    return {name: _timing(samples[name], faults[name]) for name in functions}
+    return {name: timing_of(samples[name], faults[name]) for name in functions}
 
 
-def _round(function: Callable[[], object], clock: Clock, calls: int, pace: float) -> list[float]:
+def calls_and_samples(pace: float) -> tuple[int, int]:
+    """How many calls of so many seconds make a sample, and how many samples a round."""
+    calls = max(1, math.ceil(SAMPLE_SECONDS / pace))
+    return calls, min(max(round(ROUND_SECONDS / (pace * calls)), 1), MAX_SAMPLES)
+
+
+def _round(function: Callable[[], object], clock: Clock, calls: int, count: int) -> list[float]:
     """At least one sample, and more for as long as a round lasts."""
-    count = min(max(round(ROUND_SECONDS / (pace * calls)), 1), MAX_SAMPLES)
     taken = [clock.sample(function, calls)]
     while len(taken) < count and sum(taken) * calls < PATIENCE_SECONDS:
         taken.append(clock.sample(function, calls))
@@ -139,7 +145,8 @@ def _pace(function: Callable[[], Any], clock: Clock) -> float:
     return max(clock.sample(function, 2), 1e-9)
 
 
-def _timing(samples: list[list[float]], faults: list[float]) -> Timing:
+def timing_of(samples: Sequence[Sequence[float]], faults: Sequence[float]) -> Timing:
+    """Percentiles of the samples, round by round."""
     every = [value for part in samples for value in part]
     p20, p50, p80 = (percentile(every, share) for share in (0.2, 0.5, 0.8))
     return Timing(p20, p50, p80, tuple(median(part) for part in samples), median(faults) if faults else None)

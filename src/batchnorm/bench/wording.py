@@ -21,8 +21,19 @@ OPERATION = {
     "forward+backward": "fwd + bwd",
     "inference": "inference",
 }
-RIVAL = {"eager": "torch.nn", "compile": "torch.compile"}
-NAME = {"batchnorm": "ours", "eager": "torch", "compile": "compile"}
+RIVAL = {
+    "eager": "torch.nn",
+    "compile": "torch.compile",
+    "plain": "our layer without synchronization",
+    "torch-sync": "torch.nn.SyncBatchNorm",
+}
+NAME = {
+    "batchnorm": "ours",
+    "eager": "torch",
+    "compile": "compile",
+    "plain": "plain",
+    "torch-sync": "torch",
+}
 MALLOC = {"as-is": "malloc as is", "raised": "malloc raised"}
 FOLLOWED = {
     "none": "alone",

@@ -19,7 +19,7 @@ from batchnorm.cli._output import (
 )
 
 if TYPE_CHECKING:
-    from batchnorm.bench import Benchmark
+    from batchnorm.bench import Benchmark, Synchronization
 
 __all__ = ["command"]
 
@@ -69,9 +69,19 @@ def command(
         str,
         typer.Option(metavar="NAMES", help="as-is, raised: glibc's thresholds, a process for each."),
     ] = "as-is,raised",
-    html: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write one HTML page with charts.")
+    distributed: Annotated[
+        bool,
+        typer.Option(
+            "--distributed",
+            help="Time SyncBatchNorm in several processes on this machine: on a CPU (gloo) against the layer without "
+            "synchronization, on cuda (NCCL, a GPU each) against torch.nn.SyncBatchNorm as well.",
+        ),
+    ] = False,
+    processes: Annotated[
+        int | None,
+        typer.Option(min=2, metavar="N", help="How many, with --distributed.  [default: 2]"),
     ] = None,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write one HTML page.")] = None,
     markdown: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Renew the table between the markers of a Markdown file."),
@@ -82,22 +92,27 @@ def command(
 
     Forward, forward and backward, and inference; both are checked against
     float64, and a layer that is wrong gets no time. NAMES have commas between
-    them. Ctrl-C shows and writes what is finished.
+    them. With --distributed: forward and backward of synchronized layers, --batch
+    samples in each process (2). Ctrl-C shows and writes what is finished.
     """
     with guarded(context, _NOTHING), Interrupts() as interrupts:
+        _check_options(context, distributed)
         _check_targets(html, markdown, json)
-        result = _run(
-            suites=suite.split(","),
-            layouts=layout.split(","),
-            dtypes=dtype.split(","),
-            device=device,
-            against=against.split(","),
-            epilogues=epilogue.split(","),
-            batch=batch,
-            threads=threads,
-            rounds=rounds,
-            memory=malloc.split(","),
-        )
+        common = {
+            "suites": suite.split(","),
+            "layouts": layout.split(","),
+            "dtypes": dtype.split(","),
+            "device": device,
+            "batch": batch,
+            "threads": threads,
+            "rounds": rounds,
+        }
+        result: Benchmark | Synchronization
+        if distributed:
+            result = _run_distributed(processes=processes or 2, **common)
+        else:
+            lists = {"against": against, "epilogues": epilogue, "memory": malloc}
+            result = _run(**common, **{name: text.split(",") for name, text in lists.items()})
         # Minutes of work are in memory alone: from here on Ctrl-C waits until they are written.
         interrupts.hold()
         try:
@@ -109,6 +124,16 @@ def command(
             raise interrupted()
         if result.failures:
             raise typer.Exit(FAILED)
+
+
+def _check_options(context: typer.Context, distributed: bool) -> None:
+    """Refuse an option that would say nothing."""
+    void = ("against", "epilogue", "malloc", "markdown") if distributed else ("processes",)
+    for name in void:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            expected = "without --distributed" if distributed else "with --distributed"
+            raise InputError(message(f"--{name}", got="a value", expected=f"it {expected} alone"))
 
 
 def _check_targets(html: Path | None, markdown: Path | None, json: str | None) -> None:
@@ -136,8 +161,19 @@ def _run(**options: Any) -> "Benchmark":
         return measure(progress=progress, **options)
 
 
-def _present(result: "Benchmark", html: Path | None, markdown: Path | None, json: str | None) -> None:
+def _run_distributed(**options: Any) -> "Synchronization":
+    from batchnorm.bench import measure_distributed
+    from batchnorm.cli._bench_progress import BenchDisplay
+
+    with BenchDisplay(stderr()) as progress:
+        return measure_distributed(progress=progress, **options)
+
+
+def _present(
+    result: "Benchmark | Synchronization", html: Path | None, markdown: Path | None, json: str | None
+) -> None:
     """Write the files, print the tables, and say where the files lie."""
+    from batchnorm.bench import Synchronization
 
     def page() -> str | None:
         if html is None:
@@ -147,7 +183,7 @@ def _present(result: "Benchmark", html: Path | None, markdown: Path | None, json
 
     def table() -> str | None:
         # Half a benchmark, or one in which something is wrong, is no table to publish.
-        if markdown is None or result.interrupted or result.failures:
+        if markdown is None or isinstance(result, Synchronization) or result.interrupted or result.failures:
             return None
         from batchnorm.bench.readme import refresh
 

@@ -13,6 +13,8 @@ from batchnorm.nn.lazy import LazyBatchNorm1d as LazyBatchNorm1d
 from batchnorm.nn.lazy import LazyBatchNorm2d as LazyBatchNorm2d
 from batchnorm.nn.lazy import LazyBatchNorm3d as LazyBatchNorm3d
 from batchnorm.nn.renorm import BatchRenorm as BatchRenorm
+from batchnorm.nn.sync import SyncBatchNorm as SyncBatchNorm
+from batchnorm.nn.sync_check import check_sync as check_sync
 from batchnorm.nn.virtual import VirtualBatchNorm as VirtualBatchNorm
 from batchnorm.nn.virtual import reference_batch as reference_batch
 from batchnorm.nn.whitened import WhitenedBatchNorm as WhitenedBatchNorm
@@ -29,8 +31,10 @@ __all__ = [
     "LazyBatchNorm1d",
     "LazyBatchNorm2d",
     "LazyBatchNorm3d",
+    "SyncBatchNorm",
     "VirtualBatchNorm",
     "WhitenedBatchNorm",
+    "check_sync",
     "condition",
     "domain",
     "reference_batch",

@@ -11,6 +11,7 @@ from batchnorm.nn.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from batchnorm.nn.conditional import ConditionalBatchNorm, conditional_of, one_class
 from batchnorm.nn.domains import DomainBatchNorm, domains_of, one_domain
 from batchnorm.nn.lazy import LazyBatchNorm1d, LazyBatchNorm2d, LazyBatchNorm3d
+from batchnorm.nn.sync import SyncBatchNorm
 from batchnorm.nn.virtual import VirtualBatchNorm
 
 __all__ = ["FAMILIES", "Family", "Rebuilt", "family_of", "register"]
@@ -109,3 +110,4 @@ register(
     )
 )
 register(Family("virtual", dict.fromkeys((1, 2, 3), VirtualBatchNorm)))
+register(Family("sync", dict.fromkeys((1, 2, 3), SyncBatchNorm)))

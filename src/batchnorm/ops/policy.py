@@ -51,13 +51,17 @@ class Policy:
     """Plain batch norm: the batch's own statistics. The members of the family override what they do otherwise."""
 
     # Whether the statistics are this process's alone. Where they are not, second derivatives and function transforms
-    # are refused, and `group` names the process group whose sums traced code takes.
+    # are refused.
     local = True
-    group: str | None = None
 
-    def parts(self, samples: int, positions: int) -> tuple[tuple[int, int], ...]:
-        """How a batch is cut: (samples, groups) one after another, groups of equal size within each."""
-        return ((samples, 1),)
+    @property
+    def group(self) -> str | None:
+        """The name of the process group, for traced code."""
+        return None
+
+    def parts(self, shape: torch.Size) -> tuple[tuple[int, int], ...]:
+        """How an input of this shape is cut: (samples, groups) one after another, groups of equal size within each."""
+        return ((shape[0], 1),)
 
     def statistics(self, mean: Tensor, m2: Tensor, count: Tensor) -> Statistics:
         """What the input is normalized by, from what it holds: mean and m2 (G, C), count (G, 1)."""
@@ -74,6 +78,10 @@ class Policy:
     def population(self, statistics: Statistics) -> Statistics:
         """What moves the running statistics: one group."""
         return merged(statistics)
+
+    def batches(self) -> int | Tensor:
+        """What the step adds to num_batches_tracked."""
+        return 1
 
 
 class _NormalizeByBatch(torch.autograd.Function):
@@ -162,7 +170,7 @@ def train_by(
         kernels = reference
     else:
         kernels = traced.Registered(backend) if is_traced else kernels_of(backend)
-    parts = policy.parts(input.shape[0], input.shape[2:].numel())
+    parts = policy.parts(input.shape)
     sizes, groups = [size for size, _ in parts], [number for _, number in parts]
     inputs, residuals, masks = _cut(input, sizes), _cut(residual, sizes), _cut(mask, sizes)
     with torch.set_grad_enabled(transformed and torch.is_grad_enabled()):
@@ -187,7 +195,7 @@ def train_by(
         outputs.append(y)
     if running is not None:
         if running.num_batches_tracked is not None:
-            running.num_batches_tracked.add_(1)
+            running.num_batches_tracked.add_(policy.batches())
         with torch.no_grad():
             population = policy.population(statistics)
         running.update(kernels, *(each.detach() for each in population))

@@ -1,5 +1,7 @@
 """Ghost batches: parts of the batch, each with statistics of its own."""
 
+import torch
+
 from batchnorm.ops import Policy
 
 __all__ = ["Ghosts"]
@@ -15,8 +17,9 @@ class Ghosts(Policy):
     def __init__(self, size: int | None, splits: int | None) -> None:
         self.size, self.splits = size, splits
 
-    def parts(self, samples: int, positions: int) -> tuple[tuple[int, int], ...]:
+    def parts(self, shape: torch.Size) -> tuple[tuple[int, int], ...]:
         """The full ghosts, and the short one if there is one."""
+        samples, positions = shape[0], shape[2:].numel()
         # -(-a // b) rounds up: torch.chunk's rule.
         size = self.size or max(1, -(-samples // (self.splits or 1)))
         full, rest = divmod(samples, size)

@@ -65,8 +65,9 @@ def convert(
 
     Args:
         model: any module.
-        to: "batchnorm" (this package's), "conditional", "domain", "frozen", "torch", "torch-sync", or a class among
-            these. A class for one number of axes, as BatchNorm2d, takes the layers for that number only.
+        to: a family by its name, "batchnorm", "conditional", "domain", "frozen", "ghost", "renorm", "sync", "torch",
+            "torch-sync" or "virtual", or a class of one. A class for one number of axes, as BatchNorm2d, takes the
+            layers for that number only.
         inplace: change `model` itself; else a deep copy is changed.
         dry_run: change nothing, and return what would be changed.
         options: attributes of the new layers, as in the constructor: `process_group`, `nonfinite`, `backend`, `eps`,
