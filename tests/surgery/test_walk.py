@@ -208,7 +208,7 @@ class Block(nn.Module):
         (nn.BatchNorm1d(3, affine=False), "torch.nn.BatchNorm1d(3, affine=False)"),
         (batchnorm.BatchNorm1d(3, bias=False), "batchnorm.BatchNorm1d(3, bias=False)"),
         (nn.LazyBatchNorm2d(), "torch.nn.LazyBatchNorm2d()"),
-        (nn.SyncBatchNorm(4), "SyncBatchNorm(4)"),
+        (nn.SyncBatchNorm(4), "torch.nn.SyncBatchNorm(4)"),
         (batchnorm.freeze(nn.BatchNorm2d(3)).model, "FrozenBatchNorm2d(3)"),
         (
             nn.Conv2d(3, 8, 3, stride=2, padding=(1, 2), bias=False),
