@@ -31,9 +31,9 @@ from torch.nn.parallel import DistributedDataParallel
 import batchnorm
 
 PAGE, FIGURE = pages.DOCS / "family.md", pages.DOCS / "images" / "family.svg"
-STEPS, RATE, PROCESSES = 400, 0.1, 4
-SAMPLES = (2, 4, 8, 16, 32)
-BATCH, GHOSTS = 256, (256, 64, 32, 16, 8, 4, 2)
+STEPS, RATE, PROCESSES = 300, 0.1, 4
+SAMPLES = (2, 4, 8, 16)
+BATCH, GHOSTS = 256, (256, 64, 16, 8, 4, 2)
 ORDERS = ("random", "sorted")
 
 Convert = Callable[[nn.Module, int], object]
@@ -55,7 +55,7 @@ NAMES = {
 
 
 def main() -> None:
-    pages.main("family", __doc__.splitlines()[0], one_seed, tables, PAGE, seeds=5)
+    pages.main("family", __doc__.splitlines()[0], one_seed, tables, PAGE, seeds=3)
 
 
 def one_seed(seed: int) -> pages.Run:
