@@ -46,6 +46,7 @@ __all__ = [
     "look_behind",
     "look_behind_output",
     "merged",
+    "moments",
     "normalize",
     "normalize_",
     "remember",
@@ -84,6 +85,14 @@ def _refuse_shared_buffers(mean: Tensor, running_mean: Tensor) -> None:
                 fix="Make the layer with track_running_stats=False, or call eval() on it.",
             )
         )
+
+
+def moments(input: Tensor, mask: Tensor | None, groups: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean and m2 = Σ(x − mean)² of every group of samples, (G, C), and the counts (G, 1); no gradient."""
+    # The backend is that of a call with a policy: one that has this primitive.
+    name = choose(input, True, None, False, mask is not None, True, None)
+    with torch.no_grad():
+        return kernels_of(name).moments(input.detach(), mask, groups)  # type: ignore[no-any-return]
 
 
 def train(
