@@ -20,6 +20,9 @@ from batchnorm.stats._targets import bare
 
 __all__ = ["check"]
 
+# What only these rules need and what takes time of its own.
+_PROBES = {"BN109": "timing", "BN112": "self-test"}
+
 _MISSING: dict[Need, str] = {
     "model": "a model: this is a state dict",
     "graph": "a forward that torch.fx can follow",
@@ -120,6 +123,7 @@ def check(
         max_batches,
         any("graph" in rule.needs for rule in rules.values()),
         progress or (lambda done: None),
+        frozenset(probe for code, probe in _PROBES.items() if code in rules),
     )
     has: set[Need] = {"model"}
     for name, value in (("batches", batches), ("optimizer", optimizer), ("averaged", averaged)):
@@ -148,6 +152,8 @@ def judged(
     notes = []
     if not evidence.layers:
         notes.append("there is no batch norm in it that knows its shape")
+    if evidence.run.no_backward:
+        notes.append(f"a backward pass could not be run: {evidence.run.no_backward}")
     if evidence.untraced:
         notes.append(f"not all of the forward could be followed: {evidence.untraced}")
     return Findings(

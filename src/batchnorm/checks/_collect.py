@@ -8,7 +8,9 @@ from torch import Tensor, nn
 
 from batchnorm.checks._batches import observe
 from batchnorm.checks._graph import neighbours
+from batchnorm.checks._oracle import self_tested
 from batchnorm.checks._state import layers_of_model, layers_of_state, norms_of
+from batchnorm.checks._timing import timed
 from batchnorm.checks._watching import Norms
 from batchnorm.checks.evidence import Decay, Evidence, Run, Seen, Stale
 from batchnorm.stats._batches import Forward
@@ -31,8 +33,12 @@ def collect(
     most: int,
     graph: bool,
     told: Callable[[int], None],
+    probes: frozenset[str] = frozenset(),
 ) -> Evidence:
-    """From a model, and what else there is. `graph` says whether any rule asks for one."""
+    """From a model, and what else there is. `graph` says whether any rule asks for one.
+
+    `probes` are what takes time of its own: "self-test" and "timing" of single layers.
+    """
     norms = norms_of(model)
     around, untraced = neighbours(model, norms) if graph else ({}, "")
     layers = layers_of_model(model)
@@ -40,6 +46,10 @@ def collect(
     run = Run()
     if batches is not None:
         seen, run = observe(model, norms, batches, forward, most, told)
+        if "self-test" in probes:
+            seen = self_tested(norms, seen)
+        if "timing" in probes:
+            seen = timed(norms, seen)
     return Evidence(
         layers,
         training=model.training,

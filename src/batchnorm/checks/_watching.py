@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_leaves
 
 from batchnorm.checks._padding import padded_share
 from batchnorm.checks.evidence import Call, Seen
@@ -27,7 +28,10 @@ class _Notes:
     shape: tuple[int, ...] = ()
     dtype: torch.dtype | None = None
     channels_last: bool = False
+    place: int = 0
+    raw: bool = False
     training: bool = True
+    batch_in_eval: bool = False
     padding: list[float] = field(default_factory=list)
     updates_forward: int | None = None
     updates_step: int | None = None
@@ -41,15 +45,22 @@ class Watch:
         self.notes = {name: _Notes() for name, _ in norms}
         self.mode: Literal["train", "eval"] | None = None
         self.batch = 0
+        self.samples = 0
         self._sites: dict[str, int] = {}
+        self._given: set[int] = set()
+        self._reached = 0
         for name, module in norms:
             hook = self._hook(name, module.num_features)
             still.keep(module.register_forward_pre_hook(hook, with_kwargs=True))
 
-    def begin(self, batch: int, mode: Literal["train", "eval"] | None) -> None:
-        """Another batch follows."""
-        self.batch, self.mode = batch, mode
+    def begin(self, batch: int, mode: Literal["train", "eval"] | None, samples: int) -> None:
+        """Another batch follows, of so many samples."""
+        self.batch, self.mode, self.samples = batch, mode, samples
         self._sites = dict.fromkeys(self.notes, 0)
+
+    def note_inputs(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """A forward pre-hook of the model: the tensors that it is given."""
+        self._given = {each.data_ptr() for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)}
 
     def counters(self) -> dict[str, int | None]:
         """num_batches_tracked of every layer now."""
@@ -65,6 +76,9 @@ class Watch:
                 shape=notes.shape,
                 dtype=notes.dtype,
                 channels_last=notes.channels_last,
+                place=notes.place,
+                raw=notes.raw,
+                batch_in_eval=notes.batch_in_eval,
                 training=notes.training,
                 updates_forward=notes.updates_forward,
                 updates_step=notes.updates_step,
@@ -86,14 +100,27 @@ class Watch:
             input, mask = seen
             if not notes.shape:
                 notes.shape, notes.dtype = tuple(input.shape), input.dtype
-                notes.channels_last = input.dim() > 2 and not input.is_contiguous()
+                notes.channels_last = _is_channels_last(input)
+                notes.place, self._reached = self._reached, self._reached + 1
+                notes.raw = input.data_ptr() in self._given
+            by_batch = layer.training or getattr(layer, "running_mean", None) is None
             if self.mode == "train":
-                notes.training = layer.training
-                notes.padding.append(0.0 if mask is not None else padded_share(input))
+                notes.training = by_batch
+                notes.padding.append(0.0 if mask is not None else padded_share(input, self.samples))
+            else:
+                notes.batch_in_eval = notes.batch_in_eval or by_batch
             notes.calls[self.mode].append(_call(self.batch, self._sites[name], input, mask))
             self._sites[name] += 1
 
         return observe
+
+
+def _is_channels_last(input: Tensor) -> bool:
+    if input.dim() not in (4, 5) or input.is_contiguous():
+        return False
+    return input.is_contiguous(
+        memory_format=torch.channels_last if input.dim() == 4 else torch.channels_last_3d
+    )
 
 
 def _call(batch: int, site: int, input: Tensor, mask: Tensor | None) -> Call:

@@ -80,7 +80,10 @@ class Seen:
     shape: tuple[int, ...] = ()  # of the first input
     dtype: torch.dtype | None = None
     channels_last: bool = False
+    place: int = 0  # how many other layers were called before it
+    raw: bool = False  # its input is an input of the model
     training: bool = True  # whether it normalizes by the batch when the model is in training mode
+    batch_in_eval: bool = False  # whether it does so when the model is in eval mode
     updates_forward: int | None = None  # of num_batches_tracked, in one forward
     updates_step: int | None = None  # in one forward and backward
     padding: float = 0.0  # the share of positions that hold what padding becomes
@@ -95,6 +98,7 @@ class Fed:
     """One batch as it came."""
 
     samples: int
+    refused: bool = False  # a layer had one value per channel and refused it, as it would in training
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,12 +107,16 @@ class Run:
 
     batches: tuple[Fed, ...] = ()
     whole: bool = False  # whether these are all there are: the last one is the loader's last
-    # How far outputs move when other samples of the batch are left out, in the spread of the outputs.
+    last: int | None = None  # samples of the loader's last batch, where that can be told
+    # How far outputs move when the other samples of the batch are replaced, in the spread of the outputs.
     neighbours_eval: float | None = None
     neighbours_train: float | None = None
+    output: tuple[int, ...] = ()  # the shape of the output that is compared
+    output_dtype: torch.dtype | None = None
     # Outputs in training mode (dropout off) against eval mode, in the spread of the outputs; a number a batch.
     gap: tuple[float, ...] = ()
-    pairs: bool = False  # batches that hold two views of the same samples
+    pairs: bool = False  # batches that hold two views of the same samples, both of which the model gets
+    no_backward: str = ""  # why the backward pass could not be run
 
 
 @dataclass(frozen=True)

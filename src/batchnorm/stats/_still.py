@@ -57,6 +57,20 @@ class Still:
         """Take this hook away at the end."""
         self._hooks.append(handle)
 
+    def rewind(self) -> None:
+        """Give every buffer the value that it had, now, so that the next run starts from the same state.
+
+        What `put` has lent is taken away, too.
+        """
+        for module, table in self._tables:
+            module._buffers.clear()
+            module._buffers.update(table)
+        with torch.no_grad():
+            for index, (buffer, version, value) in enumerate(self._values):
+                if buffer._version != version:
+                    buffer.copy_(value)
+                    self._values[index] = buffer, buffer._version, value
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
