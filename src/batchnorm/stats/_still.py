@@ -21,6 +21,11 @@ def plainly(grad: bool) -> Iterator[None]:
         yield
 
 
+def _moved(buffer: Tensor, version: int, value: Tensor) -> bool:
+    # PyTorch's batch norm moves its running statistics without counting that as a change of theirs.
+    return buffer._version != version or not torch.equal(buffer, value)
+
+
 class Still:
     """Every module in eval mode; at the end all is put back.
 
@@ -67,7 +72,7 @@ class Still:
             module._buffers.update(table)
         with torch.no_grad():
             for index, (buffer, version, value) in enumerate(self._values):
-                if buffer._version != version:
+                if _moved(buffer, version, value):
                     buffer.copy_(value)
                     self._values[index] = buffer, buffer._version, value
 
@@ -85,7 +90,7 @@ class Still:
                 module._buffers.update(table)
             with torch.no_grad():
                 for buffer, version, value in self._values:
-                    if buffer._version != version:
+                    if _moved(buffer, version, value):
                         buffer.copy_(value)
                 for parameter, wanted, gradient, version, value in self._parameters:
                     if parameter._version != version:
