@@ -42,6 +42,8 @@ def observe(
     device = place_of(model)
     cuda = [device] if device is not None and device.type == "cuda" else []
     with Still(model, tuple(model.parameters())) as still, torch.random.fork_rng(devices=cuda):
+        for parameter in model.parameters():
+            parameter.grad = None  # a backward would add to the one that is there
         runs = _Runs(model, Watch(norms, still), forward, device, told)
         still.keep(model.register_forward_hook(runs.note_output))
         runs.step(taken[0])

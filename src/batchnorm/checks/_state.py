@@ -50,7 +50,7 @@ def _layer(spot: Spot) -> Layer:
         mean=_wide(mean),
         var=_wide(module._buffers.get("running_var")),
         kept_in=None if mean is None else mean.dtype,
-        updates=None if tracked is None else int(tracked),
+        updates=None if tracked is None or tracked.is_meta else int(tracked),
         weight=_wide(module.weight),
         bias=_wide(module.bias),
         weight_trained=module.weight is not None and module.weight.requires_grad,

@@ -19,7 +19,7 @@ that bear it: `batchnorm.convert(model, "batchnorm")`. In healthy networks means
 
 from collections.abc import Iterator
 
-from batchnorm.checks._words import USUAL_EPS, count
+from batchnorm.checks._words import USUAL_EPS
 from batchnorm.checks.evidence import Evidence
 from batchnorm.checks.finding import Finding
 from batchnorm.checks.rule import Rule, rule
@@ -46,7 +46,7 @@ def BN008(self: Rule, evidence: Evidence) -> Iterator[Finding]:  # noqa: N802 - 
         if number:
             yield self.finding(
                 layer.name,
-                f"{count(number, 'channel')} of {layer.channels}: mean of more than 1000 σ, up to {float(far.max()):.2g}",
+                f"{number} of {layer.channels} channels have a mean of more than 1000 σ, up to {float(far.max()):.2g}",
                 cause="the input was never centred; E[x²] − E[x]² in float32 is then some percent wrong, or negative",
                 fix='batchnorm.convert(model, "batchnorm"), which sums deviations; or centre the input',
                 evidence={"channels": number, "of": layer.channels, "largest": float(far.max())},

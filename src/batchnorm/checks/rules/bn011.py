@@ -35,7 +35,7 @@ __all__ = ["BN011"]
 def BN011(self: Rule, evidence: Evidence) -> Iterator[Finding]:  # noqa: N802 - named as its code
     """With buffers they are used, whatever track_running_stats says later."""
     for layer in evidence.layers:
-        if layer.mean is None and layer.var is None:
+        if layer.kept_in is None:
             yield self.finding(
                 layer.name,
                 "it has no running statistics: in eval mode, too, the output for a sample depends on its batch",

@@ -1,8 +1,8 @@
 """A layer holds an activation, or another module, that a conversion by another library would drop.
 
-PyTorch's `convert_sync_batchnorm`, and converters like it, make a new layer of the few attributes that they
-know. What else the old one held is gone, without a word, and the network is another one: one report has F1 fall
-from 0.82 to 0.
+PyTorch's `convert_sync_batchnorm`, and converters like it, make a new layer of the few attributes that they know. A
+module inside the old one is carried along and never called, without a word, and the network is another one: one
+report has F1 fall from 0.82 to 0.
 
 The layers of this package that hold an activation refuse such a conversion by PyTorch; a layer of another
 package with modules inside (timm's BatchNormAct2d) cannot. `nn.Identity` inside is nothing.
