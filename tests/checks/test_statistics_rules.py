@@ -328,3 +328,21 @@ def test_constant_channels_are_held_against_eps() -> None:
     assert len(found(model, "BN008")) == 1
     model[1].running_var[0] = -1.0  # BN002's
     assert found(model, "BN008") == ()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_a_unit_in_the_last_place(dtype: torch.dtype) -> None:
+    """Against the next number of the dtype."""
+    from batchnorm.checks.rules.bn003 import _half_unit
+
+    values = torch.tensor([0.0, 1e-9, 1e-6, 0.7, 1.0, 1.5, 2.0, 100.0, 30000.0], dtype=dtype)
+    following = (values.view(torch.int16) + 1).view(dtype)
+    expected = (following.double() - values.double()) / 2
+    torch.testing.assert_close(_half_unit(values.double(), dtype), expected, rtol=0, atol=0)
+    torch.testing.assert_close(_half_unit(-values.double(), dtype), expected, rtol=0, atol=0)
+
+
+def test_a_mean_of_zero_beside_a_dead_channel_is_not_rounded() -> None:
+    model = net().bfloat16().eval()
+    model[1].running_mean[0] = model[1].running_var[0] = 0
+    assert only(model, "BN003").severity == "info"

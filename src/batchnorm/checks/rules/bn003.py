@@ -112,7 +112,6 @@ def _moving(layer: Layer, dtype: torch.dtype, mean: Tensor, var: Tensor, seen: S
 def _half_unit(values: Tensor, dtype: torch.dtype) -> Tensor:
     """Half a unit in the last place that these values have in a dtype."""
     info = torch.finfo(dtype)
-    exponent = torch.frexp(values).exponent
-    return torch.ldexp(torch.full_like(values, info.eps / 4), exponent).clamp(
-        min=info.smallest_normal * info.eps / 2
-    )
+    unit = torch.ldexp(torch.full_like(values, info.eps / 4), torch.frexp(values).exponent)
+    # Of 0 and of subnormal numbers the smallest there is.
+    return torch.where(values == 0, 0.0, unit).clamp(min=info.smallest_normal * info.eps / 2)
