@@ -19,6 +19,8 @@ _HOME = {
     "Changes": "_walk",
     "Comparison": "comparison",
     "DataError": "_errors",
+    "Finding": "checks",
+    "Findings": "checks",
     "GhostBatchNorm": "nn",
     "InputError": "_errors",
     "InputTypeError": "_errors",
@@ -36,6 +38,7 @@ _HOME = {
     "adapt": "stats",
     "averaged": "stats",
     "batch_norm": "functional",
+    "check": "checks",
     "compare": "comparison",
     "convert": "surgery",
     "explain_backend": "ops",
@@ -65,6 +68,9 @@ if TYPE_CHECKING:
     from batchnorm._errors import ModelError as ModelError
     from batchnorm._errors import OutputError as OutputError
     from batchnorm._walk import Changes as Changes
+    from batchnorm.checks import Finding as Finding
+    from batchnorm.checks import Findings as Findings
+    from batchnorm.checks import check as check
     from batchnorm.comparison import Comparison as Comparison
     from batchnorm.comparison import compare as compare
     from batchnorm.explain import Trace as Trace

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import nn
 
 from batchnorm._errors import InputError, InputTypeError, message
-from batchnorm.checks._collect import collect, collect_state
+from batchnorm.checks._collect import collect, collect_state, compiled
 from batchnorm.checks._fix import repair
 from batchnorm.checks.evidence import Evidence
 from batchnorm.checks.finding import Finding
@@ -99,6 +99,7 @@ def check(
                         fix="Pass the model.",
                     )
                 )
+        _refuse_checkpoint(model)
         return judged(collect_state(model), rules, given=frozenset(), model=None)
     network = bare(model, "check")
     if averaged is not None and not isinstance(averaged, nn.Module):
@@ -123,6 +124,7 @@ def check(
         max_batches,
         any("graph" in rule.needs for rule in rules.values()),
         progress or (lambda done: None),
+        compiled(model),
         frozenset(probe for code, probe in _PROBES.items() if code in rules),
     )
     has: set[Need] = {"model"}
@@ -134,6 +136,25 @@ def check(
     if world_size > 1:
         has.add("world_size")
     return judged(evidence, rules, given=frozenset(has), model=network)
+
+
+def _refuse_checkpoint(state: Mapping[str, Any]) -> None:
+    """A checkpoint that holds a state dict beside other things is none."""
+    if any(isinstance(value, torch.Tensor) for value in state.values()):
+        return
+    inner = [
+        key
+        for key, value in state.items()
+        if isinstance(value, Mapping) and any(isinstance(each, torch.Tensor) for each in value.values())
+    ]
+    raise InputTypeError(
+        message(
+            "check: model",
+            got="a dictionary without tensors",
+            expected="a torch.nn.Module, or a state dict",
+            fix=f"Pass what it holds as {inner[0]!r}." if inner else "Pass model.state_dict().",
+        )
+    )
 
 
 def judged(

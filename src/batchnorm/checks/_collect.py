@@ -14,8 +14,9 @@ from batchnorm.checks._timing import timed
 from batchnorm.checks._watching import Norms
 from batchnorm.checks.evidence import Decay, Evidence, Run, Seen, Stale
 from batchnorm.stats._batches import Forward
+from batchnorm.stats._targets import bare
 
-__all__ = ["collect", "collect_state"]
+__all__ = ["collect", "collect_state", "compiled"]
 
 
 def collect_state(state: Mapping[str, Any]) -> Evidence:
@@ -33,6 +34,7 @@ def collect(
     most: int,
     graph: bool,
     told: Callable[[int], None],
+    is_compiled: bool,
     probes: frozenset[str] = frozenset(),
 ) -> Evidence:
     """From a model, and what else there is. `graph` says whether any rule asks for one.
@@ -53,6 +55,8 @@ def collect(
     return Evidence(
         layers,
         training=model.training,
+        compiled=is_compiled,
+        learns=any(p.requires_grad for p in model.parameters()),
         neighbours=around,
         untraced=untraced,
         seen=seen,
@@ -84,9 +88,9 @@ def _steps(optimizer: torch.optim.Optimizer) -> int | None:
 
 def _stale(norms: Norms, averaged: nn.Module) -> dict[str, Stale]:
     """The averaged model's buffers against the model's, layer by layer."""
-    inner = averaged.module if isinstance(averaged, torch.optim.swa_utils.AveragedModel) else averaged
-    copied = bool(getattr(averaged, "use_buffers", False))
-    others = dict(norms_of(inner))
+    others = dict(norms_of(bare(averaged, "check")))
+    # AveragedModel, and the wrappers of other packages, hold the average as `module`.
+    others |= {name.removeprefix("module."): module for name, module in others.items()}
     found = {}
     for name, module in norms:
         other = others.get(name)
@@ -94,13 +98,31 @@ def _stale(norms: Norms, averaged: nn.Module) -> dict[str, Stale]:
         if other is None or mean is None or var is None or other.running_mean is None:
             continue
         sigma = (var.double() + module.eps).sqrt()
-        distance = ((other.running_mean.to(mean).double() - mean.double()) / sigma).square().mean().sqrt()
+        its_mean = other.running_mean.to(mean.device).double()
+        its_var = other.running_var.to(var.device).double()  # type: ignore[union-attr]  # there with the mean
+        log_ratio = 0.5 * ((its_var + module.eps) / (var.double() + module.eps)).log()
         mine, theirs = module.num_batches_tracked, other.num_batches_tracked
         counted = isinstance(mine, Tensor) and isinstance(theirs, Tensor)
         found[name] = Stale(
             updates=int(theirs) if theirs is not None else None,
             behind=int(mine) - int(theirs) if counted and mine is not None and theirs is not None else None,
-            distance=float(distance),
-            copied=copied,
+            distance=float(((its_mean - mean.double()) / sigma).abs().median()),
+            scale=float(log_ratio.abs().median().exp()),
+            initial=_initial(its_mean, its_var) and not _initial(mean, var),
         )
     return found
+
+
+def _initial(mean: Tensor, var: Tensor) -> bool:
+    return bool((mean == 0).all() and (var == 1).all())
+
+
+def compiled(model: object) -> bool:
+    """Whether torch.compile has been asked to compile a model or a part of it, by `model.compile()` or around it."""
+    if not isinstance(model, nn.Module):
+        return False
+    return any(
+        getattr(each, "_compiled_call_impl", None) is not None
+        or isinstance(getattr(each, "_orig_mod", None), nn.Module)
+        for each in model.modules()
+    )

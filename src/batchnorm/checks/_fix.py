@@ -7,6 +7,7 @@ from torch import nn
 
 from batchnorm._walk import Changes, Plan, Spot, prepared
 from batchnorm.checks.finding import Finding
+from batchnorm.nn.batch_norm import Extras
 
 __all__ = ["SAFE", "repair"]
 
@@ -15,12 +16,23 @@ Mend = Callable[[Plan, Spot], str]
 
 
 def _wider(plan: Plan, spot: Spot) -> str:
-    """BN003: the running statistics in float32."""
+    """BN003: the running statistics in float32.
+
+    PyTorch's layers refuse them beside a weight and a bias in half precision, which become new parameters then.
+    """
+    module = spot.module
     for name in ("running_mean", "running_var"):
-        buffer = spot.module._buffers.get(name)
+        buffer = module._buffers.get(name)
         if buffer is not None:
-            plan.set_buffer(spot.module, name, buffer.to(torch.float32))
-    return "running statistics kept in float32"
+            plan.set_buffer(module, name, buffer.to(torch.float32))
+    told = "running statistics kept in float32"
+    for name, old in () if isinstance(module, Extras) else module._parameters.items():
+        if old is not None and old.dtype in (torch.float16, torch.bfloat16):
+            plan.set_parameter(
+                module, name, nn.Parameter(old.detach().float(), requires_grad=old.requires_grad)
+            )
+            told = "running statistics, weight and bias kept in float32: make the optimizer anew"
+    return told
 
 
 def _momentum(plan: Plan, spot: Spot) -> str:

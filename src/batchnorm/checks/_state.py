@@ -50,7 +50,7 @@ def _layer(spot: Spot) -> Layer:
         mean=_wide(mean),
         var=_wide(module._buffers.get("running_var")),
         kept_in=None if mean is None else mean.dtype,
-        updates=None if tracked is None else int(tracked),
+        updates=None if tracked is None or tracked.is_meta else int(tracked),
         weight=_wide(module.weight),
         bias=_wide(module.bias),
         weight_trained=module.weight is not None and module.weight.requires_grad,
@@ -58,13 +58,19 @@ def _layer(spot: Spot) -> Layer:
         # `batchnorm.freeze` makes `training` a property of the layer's class.
         frozen=isinstance(getattr(type(module), "training", None), property),
         synchronized="Sync" in type(module).__name__,
+        ours=isinstance(module, Extras),
         holds=_holds(module),
     )
 
 
 def _holds(module: nn.Module) -> tuple[str, ...]:
     """What a converter that knows PyTorch's constructor alone would leave behind."""
-    found = [f"{name} ({type(child).__name__})" for name, child in module.named_children()]
+    children = {name: child for name, child in module._modules.items() if child is not None}
+    found = [
+        f"{name} ({type(child).__name__})"
+        for name, child in children.items()
+        if type(child) is not nn.Identity
+    ]
     if isinstance(module, Extras) and module.activation is not None:
         found.append(f"activation={module.activation!r}")
     return tuple(found)

@@ -39,6 +39,7 @@ class Layer:
     bias_trained: bool = False
     frozen: bool = False  # by `batchnorm.freeze` or as a FrozenBatchNorm
     synchronized: bool = False
+    ours: bool = False  # a class of this package
     holds: tuple[str, ...] = ()  # what it has that a conversion by another library would drop
 
 
@@ -48,10 +49,11 @@ class Neighbours:
 
     before: str = ""
     before_kind: str = ""
-    before_bias: bool = False  # a bias that only feeds this batch norm
+    before_bias: bool = False  # a bias that only feeds this batch norm: `absorb_bias` would take it
     dropout_before: str = ""  # the dropout between it and what made its input
+    dropout: float = 0.0  # the share that it drops
     unfoldable: str = ""  # why `fold` would leave it, "" if it folds
-    unfoldable_into: str = ""  # the layer behind it, where that is why
+    padded_behind: str = ""  # the convolution straight behind it that pads with zeros
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,12 +131,17 @@ class Decay:
 
 @dataclass(frozen=True, eq=False)
 class Stale:
-    """An averaged model's buffers against the model's: how many updates behind, and how far the mean is off in σ."""
+    """An averaged model's statistics against the model's.
 
-    updates: int | None
+    `distance` is how far the mean is off, in σ, and `scale` by what factor σ is, 1 or more: in the channel in the
+    middle, for a few dead channels may be off by any number.
+    """
+
+    updates: int | None  # of the averaged model
     behind: int | None
     distance: float
-    copied: bool  # use_buffers
+    scale: float
+    initial: bool  # its statistics are 0 and 1 still, and the model's are not
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,6 +150,8 @@ class Evidence:
 
     layers: tuple[Layer, ...]
     training: bool | None = None  # the model's own mode
+    learns: bool = False  # some parameter of the model requires a gradient
+    compiled: bool = False  # by torch.compile, as a whole or in part
     from_state: bool = False  # there is a state dict and no model
     neighbours: Mapping[str, Neighbours] = field(default_factory=dict)
     untraced: str = ""  # why there is no graph

@@ -25,6 +25,14 @@ class Finding:
         evidence: the numbers of the message, by name.
         reference: where to read more: a paper, PyTorch's documentation or a thread.
         also: other layers for which the very same holds, folded into this one.
+
+    Example:
+        >>> import torch, batchnorm
+        >>> (finding,) = batchnorm.check(torch.nn.BatchNorm1d(4, momentum=0.9))
+        >>> finding.code, finding.severity, finding.module, finding.evidence
+        ('BN004', 'warning', '', {'momentum': 0.9})
+        >>> print(finding.fix)
+        layer.momentum = 0.1, then batchnorm.recalibrate(model, loader)
     """
 
     code: str

@@ -21,6 +21,17 @@ class Findings(Reported):
         ran: the codes of the rules that had what they need.
         not_run: the codes of the others, each with what it lacked.
         notes: what could not be seen, in words.
+
+    Example:
+        >>> import torch, batchnorm
+        >>> findings = batchnorm.check(torch.nn.BatchNorm1d(4, momentum=0.9), select=["BN001", "BN004"])
+        >>> print(findings)
+        model: BN004 warning: momentum is 0.9: each batch replaces 90 % of the running statistics
+        1 warning: 1 batch norm looked at by 2 rules
+        >>> len(findings), findings.at_least("error")
+        (1, ())
+        >>> round(findings.fix().model.momentum, 3)
+        0.1
     """
 
     kind: ClassVar[str] = "check"
@@ -56,6 +67,10 @@ class Findings(Reported):
         """The findings of this severity and of worse ones."""
         worst = SEVERITIES[: SEVERITIES.index(severity) + 1]
         return tuple(each for each in self.findings if each.severity in worst)
+
+    def __repr__(self) -> str:
+        """What a prompt shows."""
+        return f"Findings({self.summary})"
 
     def __str__(self) -> str:
         """A line for each finding, and a line that counts them."""

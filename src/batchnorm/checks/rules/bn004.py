@@ -1,7 +1,8 @@
-"""Momentum is the weight of the new batch in PyTorch, and the weight of the old average in TensorFlow, Keras and JAX.
+"""Momentum is the weight of the new batch in PyTorch, and the weight of the old average in TensorFlow, Keras and
+JAX.
 
-A momentum of 0.99 copied from there makes the running statistics those of the last batch: eval is then as noisy as the
-batches are, and depends on which one came last.
+A momentum of 0.99 copied from there makes the running statistics those of the last batch: eval is then as noisy
+as the batches are, and depends on which one came last.
 
 ## How it comes about
 
@@ -9,8 +10,8 @@ Numbers taken from a paper or from code for another framework: 0.9 and 0.99 ther
 
 ## What to do
 
-Set `layer.momentum = 0.01`, and renew the statistics: `batchnorm.recalibrate(model, loader)`. `findings.fix()` sets it
-to 1 − momentum. A momentum of 1.0 is left to you: it may be meant.
+Set `layer.momentum = 0.01`, and renew the statistics: `batchnorm.recalibrate(model, loader)`. `findings.fix()`
+sets it to 1 − momentum. A momentum of 1.0 is left to you: it may be meant.
 """
 
 from collections.abc import Iterator

@@ -19,9 +19,9 @@ The finding names the cause that the numbers support, the most specific first:
 - **Weights that were changed afterwards** (averaged, pruned, merged), while the first batch norms still agree with the
   data.
 
-If none of these shows, the samples may simply be of another kind than those of the training. That is worth knowing and no
-fault of the model: the finding is an "info" then. It is one, too, after fewer than five updates: such a network has not
-been trained yet.
+If none of these shows, the samples may simply be of another kind than those of the training. That is worth knowing and
+no fault of the model: the finding is an "info" then. It is one, too, after fewer than five updates: such a network has
+not been trained yet.
 
 ## What to do
 
