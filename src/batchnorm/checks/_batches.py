@@ -1,6 +1,7 @@
 """Batches run through a model in training and in eval mode, and what follows. The model is afterwards as it was."""
 
 import itertools
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
@@ -46,7 +47,13 @@ def observe(
     sizes = [samples_in(batch) or 0 for batch in taken]
     device = place_of(model)
     cuda = [device] if device is not None and device.type == "cuda" else []
-    with Still(model, tuple(model.parameters())) as still, torch.random.fork_rng(devices=cuda):
+    with (
+        Still(model, tuple(model.parameters())) as still,
+        torch.random.fork_rng(devices=cuda),
+        warnings.catch_warnings(),
+    ):
+        # Of a checkpoint that runs without gradients, as it does here.
+        warnings.filterwarnings("ignore", "None of the inputs have requires_grad", UserWarning)
         runs = _Runs(model, Watch(norms, still), still, forward, device, told)
         with plainly(grad=False):
             gaps = [runs.both_modes(index, batch) for index, batch in enumerate(taken)]

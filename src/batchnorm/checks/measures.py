@@ -15,6 +15,7 @@ __all__ = [
     "alive",
     "apart",
     "calls_of_samples",
+    "from_batches",
     "is_fresh",
     "median",
     "scatter",
@@ -22,6 +23,7 @@ __all__ = [
     "sites_apart",
     "standard_error",
     "typical",
+    "usual_high",
 ]
 
 # A channel whose variance is below this share of the layer's median variance carries nothing that could be compared.
@@ -105,9 +107,20 @@ def calls_of_samples(calls: Sequence[Call], run: Run, site: int = 0) -> list[Cal
 
 def standard_error(calls: Sequence[Call], processes: int = 1) -> Tensor:
     """The standard error of a batch's mean, in σ, per channel, for samples that are independent."""
-    var = torch.stack([call.var for call in calls]).mean(0)
+    # A batch's own variance lacks what its mean scatters: between / samples.
+    var = torch.stack([call.var + call.between / call.samples for call in calls]).mean(0)
     error = torch.stack([call.between / (call.samples * processes) for call in calls]).mean(0)
     return (error / var).sqrt().masked_fill(~alive(var), float("nan"))
+
+
+def from_batches(layer: Layer, calls: Sequence[Call]) -> Tensor:
+    """How far the running mean is from those of single calls, in their σ, beyond chance (rms), per channel."""
+    if layer.mean is None:
+        raise ValueError("no running statistics")
+    squares = [(layer.mean - call.mean).square() / (call.var + (layer.eps or 0.0)) for call in calls]
+    var = torch.stack([call.var for call in calls]).mean(0)
+    beyond = torch.stack(squares).mean(0) - standard_error(calls).square()
+    return beyond.clamp(min=0).sqrt().masked_fill(~alive(var), float("nan"))
 
 
 @dataclass(frozen=True)
@@ -123,6 +136,12 @@ class Scatter:
     def sure(self) -> bool:
         """Whether chance is out of the question."""
         return self.certainty >= _SIGNIFICANT
+
+
+def usual_high(values: Tensor) -> float:
+    """What a tenth of the finite ones exceed."""
+    kept = values[values.isfinite()]
+    return float(kept.quantile(_QUANTILE)) if kept.numel() else float("nan")
 
 
 def scatter(seen: Seen, run: Run) -> Scatter | None:

@@ -14,7 +14,8 @@ The finding names the cause that the numbers support, the most specific first:
 - **Momentum too large.** With 0.9 the running statistics are those of the last batch.
 - **Batches that are not shuffled** (BN107): each batch has its own mean, and the average of all fits none.
 - **Several sources in one layer** (BN110): the running statistics are a mixture.
-- **Momentum too small for how fast the weights moved**: the average goes over weights that are long gone.
+- **Momentum too small** for so few updates: the average goes over weights that are long gone. In the first hundred
+  updates that holds for every network, and is an "info".
 - **Few values per channel** (BN103): every batch's statistics are noise.
 - **Weights that were changed afterwards** (averaged, pruned, merged), while the first batch norms still agree with the
   data.
@@ -40,7 +41,9 @@ from batchnorm.checks.evidence import Evidence, Layer, Seen
 from batchnorm.checks.finding import Finding, Severity
 from batchnorm.checks.measures import (
     Scatter,
+    Sites,
     apart,
+    from_batches,
     is_fresh,
     median,
     scatter,
@@ -48,6 +51,7 @@ from batchnorm.checks.measures import (
     sites_apart,
     standard_error,
     typical,
+    usual_high,
 )
 from batchnorm.checks.rule import Rule, rule
 
@@ -60,8 +64,12 @@ _GAP = 0.3
 _OVER_NOISE = 1.5
 _OFF = 0.25  # σ of the running mean
 _FACTOR = 2.0  # of the running variance
-_FAST, _FEW, _SLOW = 0.5, 0.95, 10.0
+_FAST, _FEW = 0.5, 0.95
+# The average goes over 1 / momentum updates; where that is more than a tenth of all, early weights are in it. With the
+# usual momentum of 0.1 these are the first 100 updates: no training yet.
+_SLOW, _USUAL = 10.0, 0.05
 _UNTRAINED = 5
+_SITES = (0.5, 4.0)  # as BN110 has them
 # What the first layers may be off, in σ, where it is the weights that moved, and what a later one must be. In training
 # mode every layer gets what the one before it has normalized, so samples of another kind move single layers little:
 # at most 0.2 σ and a factor of 2.3 for MobileNetV2 and EfficientNet-lite0 with ImageNet's weights on smoothed noise.
@@ -79,7 +87,9 @@ def BN101(self: Rule, evidence: Evidence) -> Iterator[Finding]:  # noqa: N802 - 
     """Compare running statistics with those of training-mode calls, where the outputs differ."""
     if not _outputs_differ(evidence):
         return
-    judged = (_state(layer, seen) for layer, seen in evidence.observed() if _comparable(layer, seen))
+    judged = (
+        _state(layer, seen, evidence) for layer, seen in evidence.observed() if _comparable(layer, seen)
+    )
     states = [each for each in judged if each is not None]
     off = [each for each in states if each.off]
     if not off:
@@ -107,6 +117,8 @@ class _State:
     mean: float  # σ, the median channel
     factor: float
     off: bool
+    scatter: Scatter | None  # of batches that are not shuffled
+    sites: Sites | None  # that differ
 
 
 def _outputs_differ(evidence: Evidence) -> bool:
@@ -122,7 +134,7 @@ def _comparable(layer: Layer, seen: Seen) -> bool:
     return usable and bool(seen.train) and not is_fresh(layer)
 
 
-def _state(layer: Layer, seen: Seen) -> _State | None:
+def _state(layer: Layer, seen: Seen, evidence: Evidence) -> _State | None:
     mean, var, between = typical(seen.train)
     distance, factor = (median(values) for values in apart(layer, mean, var, between))
     if distance != distance:  # no channel varies
@@ -131,7 +143,18 @@ def _state(layer: Layer, seen: Seen) -> _State | None:
     # What chance does to an average over so few batches and samples.
     noise = median(standard_error(seen.train)) / len(seen.train) ** 0.5
     off = distance > max(_OFF, 3 * noise) or factor > max(_FACTOR, 1 + 6 * (2 / samples) ** 0.5)
-    return _State(layer, seen, distance, factor, off)
+    # Running statistics that fit the average of all calls, and none of them.
+    scattered, sites = scatter(seen, evidence.run), sites_apart(seen)
+    if scattered is not None and not (scattered.sure and scattered.excess > _OFF):
+        scattered = None
+    if sites is not None and not (sites.mean > _SITES[0] or sites.factor > _SITES[1]):
+        sites = None
+    single = from_batches(layer, seen.train)
+    if scattered is not None:
+        distance = max(distance, usual_high(single))
+    elif sites is not None:
+        distance = max(distance, median(single))
+    return _State(layer, seen, distance, factor, off or bool(scattered) or bool(sites), scattered, sites)
 
 
 def _cause(worst: _State, states: list[_State], evidence: Evidence) -> tuple[Severity, str, str]:
@@ -149,7 +172,7 @@ def _cause(worst: _State, states: list[_State], evidence: Evidence) -> tuple[Sev
     if momentum is not None and momentum >= _FAST and updates:
         fix = f"layer.momentum = {max(0.01, round(1 - momentum, 6)):g}, then {renew}"
         return "warning", f"momentum {momentum:g}: the running statistics are those of the last batches", fix
-    scattered = [(found.excess, each.layer.name) for each, found in _scattered(states, evidence)]
+    scattered = [(each.scatter.excess, each.layer.name) for each in states if each.scatter is not None]
     if scattered:
         excess, name = max(scattered)
         return (
@@ -158,20 +181,21 @@ def _cause(worst: _State, states: list[_State], evidence: Evidence) -> tuple[Sev
             f"{name or 'the model'}, and running statistics fit none of them",
             f"DataLoader(..., shuffle=True), then {renew}",
         )
-    sites = sites_apart(worst.seen)
-    if sites is not None and (sites.mean > 0.5 or sites.factor > 4):
+    if worst.sites is not None:
         return (
             "warning",
-            f"the layer is fed from {sites.calls} places (BN110) whose means are {sites.mean:.1f} σ apart, and its "
-            "running statistics are their mixture",
+            f"the layer is fed from {worst.sites.calls} places (BN110) whose means are {worst.sites.mean:.1f} σ and "
+            f"variances a factor of {worst.sites.factor:.1f} apart, and its running statistics are their mixture",
             'batchnorm.convert(model, "domain")',
         )
     if momentum is not None and updates and momentum * updates < _SLOW:
-        return (
-            "warning",
-            f"momentum {momentum:g} is small for {updates} updates: the average goes over weights that are long gone",
-            renew,
+        if momentum < _USUAL:
+            why = f"momentum {momentum:g} is small for {updates} updates: the average goes over weights that are gone"
+            return "warning", why, renew
+        why = (
+            f"after {updates} updates the weights still move faster than the statistics, as they do at first"
         )
+        return "info", why, renew
     error = median(standard_error(worst.seen.train))
     if error > 0.4:
         return (
@@ -201,10 +225,13 @@ def _moved(worst: _State, states: list[_State], renew: str) -> tuple[Severity, s
 
 
 def _start_shows(state: _State, share: float) -> bool:
-    """Whether the statistics fit better once the start (0 and 1) is taken out of them."""
+    """Whether the start (0 and 1) is most of the statistics, or they fit better once it is taken out of them."""
     layer, mean, var = state.layer, *typical(state.seen.train)[:2]
-    if layer.mean is None or layer.var is None:
+    # What is left of the start's 1 is in every variance; else they have come from elsewhere.
+    if layer.mean is None or layer.var is None or (layer.var < 0.99 * (1 - share)).any():
         return False
+    if share < 0.5:
+        return True
     sigma = (var + (layer.eps or 0.0)).sqrt()
     cleared_mean = layer.mean / share
     cleared_var = ((layer.var - (1 - share)) / share).clamp(min=1e-12)
@@ -212,10 +239,3 @@ def _start_shows(state: _State, share: float) -> bool:
     after = (cleared_mean - mean).abs() / sigma + (cleared_var / var).log().abs()
     usable = torch.isfinite(before) & torch.isfinite(after) & (var > 0)
     return bool(usable.any()) and median(after[usable]) < 0.7 * median(before[usable])
-
-
-def _scattered(states: list[_State], evidence: Evidence) -> Iterator[tuple[_State, Scatter]]:
-    for each in states:
-        found = scatter(each.seen, evidence.run)
-        if found is not None and found.sure and found.excess > 0.25:
-            yield each, found
