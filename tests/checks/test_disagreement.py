@@ -55,6 +55,18 @@ def test_a_network_of_three_updates_has_not_been_trained() -> None:
     assert (finding.severity, "too few updates: after 3" in finding.cause) == ("info", True)
 
 
+def test_a_counter_that_was_set_back_does_not_make_the_updates_few() -> None:
+    """Statistics from elsewhere: what is left of the start's 1 would be in every variance."""
+    model, batches = trained()
+    for layer in model.modules():
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+            layer.num_batches_tracked.fill_(6)
+            layer.running_var.mul_(0.1)
+    finding = only(model, "BN101", batches=batches)
+    assert "too few updates" not in finding.cause
+    assert finding.severity == "info"
+
+
 def test_the_other_frameworks_momentum() -> None:
     """The last batches were other ones: what a training that ends on the last file leaves."""
     model, batches = trained(0.9)

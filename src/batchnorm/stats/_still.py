@@ -23,7 +23,9 @@ def plainly(grad: bool) -> Iterator[None]:
 
 def _moved(buffer: Tensor, version: int, value: Tensor) -> bool:
     # PyTorch's batch norm moves its running statistics without counting that as a change of theirs.
-    return buffer._version != version or not torch.equal(buffer, value)
+    if buffer._version != version:
+        return True
+    return buffer.layout is torch.strided and not torch.equal(buffer, value)
 
 
 class Still:

@@ -37,7 +37,7 @@ def BN105(self: Rule, evidence: Evidence) -> Iterator[Finding]:  # noqa: N802 - 
     for layer, seen in evidence.observed():
         forward, step = seen.updates_forward, seen.updates_step
         momentum = layer.momentum
-        if not seen.training or not forward or momentum == 0:
+        if not forward or momentum == 0:
             continue
         if step is not None and step > forward:
             if momentum is None:
