@@ -174,10 +174,10 @@ def test_a_column_that_never_changes_here() -> None:
 
 
 def test_a_column_that_is_the_same_in_all_of_a_batch() -> None:
-    batches = [torch.randn(16, 5) for _ in range(6)]
+    batches = [torch.randn(16, 20) for _ in range(6)]
     for number, batch in enumerate(batches):
         batch[:, 3] = float(number)
-    finding = only(experienced(nn.BatchNorm1d(5)), "BN108", batches=batches)
+    finding = only(experienced(nn.BatchNorm1d(20)), "BN108", batches=batches)
     assert (finding.severity, finding.evidence["differ"]) == ("warning", 1)
     assert "constant within each batch, and differ between batches" in finding.message
 

@@ -258,6 +258,17 @@ def test_a_random_walk_in_batches_of_its_own_order() -> None:
     assert found(model, "BN107", batches=[walk[rows] for rows in shuffled(256)]) == ()
 
 
+def test_a_difference_that_is_sure_and_small() -> None:
+    """Large batches show a tenth of a σ, which does no harm."""
+    calls = [call_of(torch.randn(2000, 8, 1) + 0.1 * torch.randn(1, 8, 1), batch) for batch in range(8)]
+    evidence = made_up(calls)
+    measured = scatter(evidence.seen["norm"], evidence.run)
+    assert measured is not None
+    assert measured.sure
+    assert measured.excess < 0.25
+    assert list(rule_named("BN107").find(evidence)) == []
+
+
 def test_frames_that_lie_in_the_samples_axis_say_nothing_of_the_batches() -> None:
     """Frames of a clip are alike: their batch norm has more rows than the batch has samples."""
 
