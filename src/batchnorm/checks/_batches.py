@@ -98,7 +98,8 @@ class _Runs:
         self._told, self._done = told, 0
         self._output: Tensor | None = None
         self._drops = any(_drops(module) for module in model.modules())
-        still.keep(model.register_forward_pre_hook(watch.note_inputs, with_kwargs=True))
+        # Before the hooks of layers, one of which may be the model itself.
+        still.keep(model.register_forward_pre_hook(watch.note_inputs, prepend=True, with_kwargs=True))
         still.keep(model.register_forward_hook(self._note_output))
 
     def _note_output(self, module: nn.Module, args: Any, output: Any) -> None:
