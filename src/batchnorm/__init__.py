@@ -22,6 +22,8 @@ _HOME = {
     "ConditionalBatchNorm": "nn",
     "DataError": "_errors",
     "DomainBatchNorm": "nn",
+    "Finding": "checks",
+    "Findings": "checks",
     "FrozenBatchNorm": "nn",
     "GhostBatchNorm": "nn",
     "InputError": "_errors",
@@ -44,6 +46,7 @@ _HOME = {
     "adapt": "stats",
     "averaged": "stats",
     "batch_norm": "functional",
+    "check": "checks",
     "check_sync": "nn",
     "compare": "comparison",
     "condition": "nn",
@@ -77,6 +80,9 @@ if TYPE_CHECKING:
     from batchnorm._errors import ModelError as ModelError
     from batchnorm._errors import OutputError as OutputError
     from batchnorm._walk import Changes as Changes
+    from batchnorm.checks import Finding as Finding
+    from batchnorm.checks import Findings as Findings
+    from batchnorm.checks import check as check
     from batchnorm.comparison import Comparison as Comparison
     from batchnorm.comparison import compare as compare
     from batchnorm.explain import Trace as Trace

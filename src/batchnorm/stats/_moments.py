@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from batchnorm import ops
+
 __all__ = ["Moments", "Pool", "batch_pool"]
 
 # A batch is widened to float64 in parts of so many elements: 128 MB.
@@ -98,41 +100,25 @@ def batch_pool(input: Tensor, mask: Tensor | None) -> tuple[Moments, Moments]:
 
     `mask` is (N, *S), weights or bool.
     """
-    x = input.detach().flatten(2) if input.dim() > 2 else input.detach().unsqueeze(2)
-    device = torch.device("cpu") if x.device.type == "mps" else x.device  # it has no float64
-    n, channels, positions = x.shape
-    rows = max(1, _PART // max(1, channels * positions))
-    weights, means, m2 = [], [], torch.zeros(channels, dtype=torch.float64, device=device)
+    x = input.detach()
+    if x.device.type == "mps":  # it has no float64
+        x, mask = x.cpu(), None if mask is None else mask.cpu()
+    n, channels = x.shape[:2]
+    # A batch is widened to float64, where the kernels do not do it on their way, in parts of so many samples.
+    rows = max(1, _PART // max(1, channels * x.shape[2:].numel()))
+    weights, means, m2 = [], [], torch.zeros(channels, dtype=torch.float64, device=x.device)
     for start in range(0, n, rows):
-        part = x[start : start + rows].to(device).double()
-        w = None if mask is None else mask.reshape(n, 1, positions)[start : start + rows].to(device).double()
-        weight, mean, rest = _of_samples(part, w)
-        weights.append(weight)
+        part = x[start : start + rows]
+        mean, rest, weight = ops.moments(
+            part, None if mask is None else mask[start : start + rows], part.shape[0]
+        )
+        weights.append(weight.flatten())
         means.append(mean)
-        m2 = m2 + rest
+        m2 = m2 + rest.sum(0)
     if not means:
-        nothing = Moments.none(channels, device)
+        nothing = Moments.none(channels, x.device)
         return nothing, nothing
     weight, mean = torch.cat(weights), torch.cat(means)
     between = _of_rows(weight, mean)
     samples = _of_rows(weight.square(), mean)
     return Moments(between.count, between.mean, between.m2 + m2), samples
-
-
-def _of_samples(x: Tensor, w: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Weight (n,) and mean (n, C) of each sample of (n, C, S), and Σ over samples of m2 (C,)."""
-    if w is None:
-        mean = x.mean(2, keepdim=True)
-        deviation = x - mean
-        rest = deviation.mean(2, keepdim=True)
-        m2 = (deviation - rest).square().sum((0, 2))
-        return x.new_full((x.shape[0],), x.shape[2]), (mean + rest).squeeze(2), m2
-    # What stands under a weight of 0, NaN included, reaches nothing.
-    x = torch.where(w > 0, x, 0.0)
-    weight = w.sum(2, keepdim=True)
-    scale = torch.where(weight > 0, weight, 1.0)
-    mean = (w * x).sum(2, keepdim=True) / scale
-    deviation = torch.where(w > 0, x - mean, 0.0)
-    rest = (w * deviation).sum(2, keepdim=True) / scale
-    m2 = (w * (deviation - rest).square()).sum((0, 2))
-    return weight.flatten(), (mean + rest).squeeze(2), m2

@@ -21,6 +21,13 @@ def plainly(grad: bool) -> Iterator[None]:
         yield
 
 
+def _moved(buffer: Tensor, version: int, value: Tensor) -> bool:
+    # PyTorch's batch norm moves its running statistics without counting that as a change of theirs.
+    if buffer._version != version:
+        return True
+    return buffer.layout is torch.strided and not torch.equal(buffer, value)
+
+
 class Still:
     """Every module in eval mode; at the end all is put back.
 
@@ -57,6 +64,20 @@ class Still:
         """Take this hook away at the end."""
         self._hooks.append(handle)
 
+    def rewind(self) -> None:
+        """Give every buffer the value that it had, now, so that the next run starts from the same state.
+
+        What `put` has lent is taken away, too.
+        """
+        for module, table in self._tables:
+            module._buffers.clear()
+            module._buffers.update(table)
+        with torch.no_grad():
+            for index, (buffer, version, value) in enumerate(self._values):
+                if _moved(buffer, version, value):
+                    buffer.copy_(value)
+                    self._values[index] = buffer, buffer._version, value
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
@@ -71,7 +92,7 @@ class Still:
                 module._buffers.update(table)
             with torch.no_grad():
                 for buffer, version, value in self._values:
-                    if buffer._version != version:
+                    if _moved(buffer, version, value):
                         buffer.copy_(value)
                 for parameter, wanted, gradient, version, value in self._parameters:
                     if parameter._version != version:

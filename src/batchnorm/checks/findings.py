@@ -1,0 +1,136 @@
+"""All findings of a check, as a result: text, page, JSON, and the fixes that are safe."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, ClassVar
+
+from batchnorm._walk import Changes
+from batchnorm.checks.finding import SEVERITIES, Finding, Severity
+from batchnorm.checks.rule import rule_named
+from batchnorm.checks.telling import document_of
+from batchnorm.report import Document, Reported
+
+__all__ = ["Findings"]
+
+
+class Findings(Reported):
+    """What `check` found, the worst first. It is a sequence of `Finding`.
+
+    Attributes:
+        findings: every finding.
+        layers: how many batch norms were looked at.
+        ran: the codes of the rules that had what they need.
+        not_run: the codes of the others, each with what it lacked.
+        notes: what could not be seen, in words.
+
+    Example:
+        >>> import torch, batchnorm
+        >>> findings = batchnorm.check(torch.nn.BatchNorm1d(4, momentum=0.9), select=["BN001", "BN004"])
+        >>> print(findings)
+        model: BN004 warning: momentum is 0.9: each batch replaces 90 % of the running statistics
+        1 warning: 1 batch norm looked at by 2 rules
+        >>> len(findings), findings.at_least("error")
+        (1, ())
+        >>> round(findings.fix().model.momentum, 3)
+        0.1
+    """
+
+    kind: ClassVar[str] = "check"
+    schema_version: ClassVar[int] = 1
+
+    def __init__(
+        self,
+        findings: Sequence[Finding],
+        *,
+        layers: int,
+        ran: Sequence[str],
+        not_run: dict[str, str],
+        notes: Sequence[str],
+        repair: Callable[[Sequence[Finding], bool], Changes] | None,
+    ) -> None:
+        self.findings = tuple(sorted(findings, key=lambda each: (SEVERITIES.index(each.severity), each.code)))
+        self.layers = layers
+        self.ran = tuple(ran)
+        self.not_run = not_run
+        self.notes = tuple(notes)
+        self._repair = repair
+
+    def __iter__(self) -> Iterator[Finding]:
+        return iter(self.findings)
+
+    def __len__(self) -> int:
+        return len(self.findings)
+
+    def __getitem__(self, index: int) -> Finding:
+        return self.findings[index]
+
+    def at_least(self, severity: Severity) -> tuple[Finding, ...]:
+        """The findings of this severity and of worse ones."""
+        worst = SEVERITIES[: SEVERITIES.index(severity) + 1]
+        return tuple(each for each in self.findings if each.severity in worst)
+
+    def __repr__(self) -> str:
+        """What a prompt shows."""
+        return f"Findings({self.summary})"
+
+    def __str__(self) -> str:
+        """A line for each finding, and a line that counts them."""
+        return "\n".join([*map(str, self.findings), self.summary])
+
+    @property
+    def summary(self) -> str:
+        """How many of each severity, in how many layers, by how many rules."""
+        counts = [
+            (sum(each.severity == severity for each in self.findings), severity) for severity in SEVERITIES
+        ]
+        said = ", ".join(f"{n} {name}{'s' if n != 1 and name != 'info' else ''}" for n, name in counts if n)
+        return (
+            f"{said or 'nothing found'}: {self.layers} batch norm{'s' if self.layers != 1 else ''} looked at "
+            f"by {len(self.ran)} rules"
+        )
+
+    def fix(self, *, inplace: bool = False) -> Changes:
+        """Apply the fixes that cannot change what the network computes, and return what was done.
+
+        The rules whose findings it can mend say so on their pages; the others are in `skipped`, each with its fix.
+
+        Raises:
+            ModelError: the check was of a state dict, or the model cannot be copied.
+        """
+        from batchnorm._errors import ModelError, message
+
+        if self._repair is None:
+            raise ModelError(
+                message(
+                    "fix", got="a check of a state dict", expected="a check of a model", fix="Pass the model."
+                )
+            )
+        return self._repair(self.findings, inplace)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain dictionaries and lists."""
+        return {
+            "summary": self.summary,
+            "layers": self.layers,
+            "findings": [
+                {
+                    "code": each.code,
+                    "title": rule_named(each.code).title,
+                    "severity": each.severity,
+                    "module": each.module,
+                    "also": list(each.also),
+                    "message": each.message,
+                    "cause": each.cause,
+                    "fix": each.fix,
+                    "evidence": dict(each.evidence),
+                    "reference": each.reference,
+                }
+                for each in self.findings
+            ],
+            "ran": list(self.ran),
+            "not_run": dict(self.not_run),
+            "notes": list(self.notes),
+        }
+
+    def document(self) -> Document:
+        """The report, ready to be drawn for a terminal or a browser."""
+        return document_of(self.findings, self.summary, self.not_run, self.notes)

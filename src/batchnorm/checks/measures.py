@@ -1,0 +1,219 @@
+"""What several rules measure on the calls of a layer: pure functions of evidence."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from batchnorm.checks.evidence import Call, Layer, Run, Seen
+
+__all__ = [
+    "ALIVE",
+    "Scatter",
+    "Sites",
+    "alive",
+    "apart",
+    "calls_of_samples",
+    "from_batches",
+    "is_fresh",
+    "median",
+    "scatter",
+    "share_of_data",
+    "sites_apart",
+    "standard_error",
+    "typical",
+    "usual_high",
+]
+
+# A channel whose variance is below this share of the layer's median variance carries nothing that could be compared.
+ALIVE = 1e-6
+# Means beyond chance by so many standard deviations of the test statistic: a chance of 3e-7.
+_SIGNIFICANT = 5.0
+# A day's temperature, say, is in some of a layer's channels only.
+_QUANTILE = 0.9
+
+
+def typical(calls: Sequence[Call]) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean of the calls' means, mean of their variances (as running statistics store them), variance of the means."""
+    means = torch.stack([call.mean for call in calls])
+    unbiased = torch.stack(
+        [call.var * (n / max(1, n - 1)) for call in calls if (n := call.samples * call.positions)]
+    )
+    between = means.var(0) if len(calls) > 1 else torch.zeros_like(means[0])
+    return means.mean(0), unbiased.mean(0), between
+
+
+def alive(var: Tensor) -> Tensor:
+    """Which channels vary at all."""
+    finite = var.isfinite() & (var > 0)
+    if not finite.any():
+        return finite
+    return finite & (var > ALIVE * var[finite].median())
+
+
+def median(values: Tensor) -> float:
+    """The median of the finite ones; NaN if there are none."""
+    kept = values[values.isfinite()]
+    return float(kept.median()) if kept.numel() else float("nan")
+
+
+def apart(layer: Layer, mean: Tensor, var: Tensor, between: Tensor) -> tuple[Tensor, Tensor]:
+    """How far the running mean is off, in σ of the batches' values, and by what factor the variance, per channel.
+
+    The variance is between that of a usual batch and that of all batches together where it is right: the factor is 1
+    there. Channels that do not vary are NaN.
+    """
+    if layer.mean is None or layer.var is None:
+        raise ValueError("no running statistics")
+    dead = ~alive(var)
+    whole = var + between
+    sigma = (whole + (layer.eps or 0.0)).sqrt()
+    distance = (layer.mean - mean).abs() / sigma
+    running, eps = layer.var.clamp(min=0), layer.eps or 0.0
+    factor = torch.maximum((running + eps) / (whole + eps), (var + eps) / (running + eps)).clamp(min=1)
+    return distance.masked_fill(dead, float("nan")), factor.masked_fill(dead, float("nan"))
+
+
+def is_fresh(layer: Layer) -> bool:
+    """Running statistics that nothing has been put into yet: 0 and 1."""
+    if layer.mean is None or layer.var is None:
+        return False
+    return not layer.updates and bool((layer.mean == 0).all()) and bool((layer.var == 1).all())
+
+
+def share_of_data(layer: Layer) -> float:
+    """How much of the running statistics comes from data, 1 − (1 − m)^updates; the rest is their start, 0 and 1.
+
+    1 for a plain average, and where there was no update: numbers that came from elsewhere.
+    """
+    if layer.momentum is None or not layer.updates:
+        return 1.0
+    return float(1 - (1 - min(1.0, layer.momentum)) ** layer.updates)
+
+
+def calls_of_samples(calls: Sequence[Call], run: Run, site: int = 0) -> list[Call]:
+    """The calls at a place in the forward that get one row a sample.
+
+    Frames of a video or regions of an image that are laid out as samples are not independent, and say nothing about
+    the batches.
+    """
+    return [
+        call
+        for call in calls
+        if call.site == site and call.samples == run.batches[call.batch].samples and call.samples > 1
+    ]
+
+
+def standard_error(calls: Sequence[Call], processes: int = 1) -> Tensor:
+    """The standard error of a batch's mean, in σ, per channel, for samples that are independent."""
+    # A batch's own variance lacks what its mean scatters: between / samples.
+    var = torch.stack([call.var + call.between / call.samples for call in calls]).mean(0)
+    error = torch.stack([call.between / (call.samples * processes) for call in calls]).mean(0)
+    return (error / var).sqrt().masked_fill(~alive(var), float("nan"))
+
+
+def from_batches(layer: Layer, calls: Sequence[Call]) -> Tensor:
+    """How far the running mean is from those of single calls, in their σ, beyond chance (rms), per channel."""
+    if layer.mean is None:
+        raise ValueError("no running statistics")
+    squares = [(layer.mean - call.mean).square() / (call.var + (layer.eps or 0.0)) for call in calls]
+    var = torch.stack([call.var for call in calls]).mean(0)
+    beyond = torch.stack(squares).mean(0) - standard_error(calls).square()
+    return beyond.clamp(min=0).sqrt().masked_fill(~alive(var), float("nan"))
+
+
+@dataclass(frozen=True)
+class Scatter:
+    """How much the means of batches scatter: over what shuffled samples give, in σ, and how sure that is."""
+
+    ratio: float  # of standard deviations; 1 for independent samples
+    excess: float  # what is beyond chance, in σ of the channel
+    certainty: float  # in standard deviations of a normal variable
+    batches: int
+
+    @property
+    def sure(self) -> bool:
+        """Whether chance is out of the question."""
+        return self.certainty >= _SIGNIFICANT
+
+
+def usual_high(values: Tensor) -> float:
+    """What a tenth of the finite ones exceed."""
+    kept = values[values.isfinite()]
+    return float(kept.quantile(_QUANTILE)) if kept.numel() else float("nan")
+
+
+def scatter(seen: Seen, run: Run) -> Scatter | None:
+    """The analysis of variance of sample means by batch: F of the channel that a tenth of the channels exceed.
+
+    In eval mode, where one sample's values do not depend on another's. F is turned into a normal variable by Paulson's
+    cube-root approximation (1942). However much the channels depend on each other, the chance that a tenth of them
+    exceed a bound is at most ten times the chance of one. None where fewer than four batches can be compared.
+    """
+    calls = calls_of_samples(seen.eval, run)
+    if len(calls) < 4 or seen.batch_in_eval:
+        return None
+    sizes = torch.tensor([float(call.samples) for call in calls], dtype=torch.float64)
+    means = torch.stack([call.mean for call in calls])
+    inside = (torch.stack([call.between for call in calls]) * (sizes - 1)[:, None]).sum(0)
+    total = sizes.sum()
+    grand = (sizes[:, None] * means).sum(0) / total
+    d1, d2 = len(calls) - 1, float(total) - len(calls)
+    among = (sizes[:, None] * (means - grand).square()).sum(0) / d1
+    inside = inside / d2
+    var = torch.stack([call.var for call in calls]).mean(0)
+    usable = alive(var + among) & (inside > 0)
+    if not usable.any():
+        return None
+    ratios = (among / inside)[usable]
+    f = float(ratios.quantile(_QUANTILE))
+    size = (float(total) - float(sizes.square().sum()) / float(total)) / d1  # of a usual batch
+    extra = ((among - inside).clamp(min=0) / size)[usable]
+    sigma = (var[usable] + extra).sqrt()
+    root = f ** (1 / 3)
+    a, b = 2 / (9 * d1), 2 / (9 * d2)
+    certainty = ((1 - b) * root - (1 - a)) / (b * root**2 + a) ** 0.5
+    return Scatter(f**0.5, float((extra.sqrt() / sigma).quantile(_QUANTILE)), certainty, len(calls))
+
+
+@dataclass(frozen=True)
+class Sites:
+    """How far the inputs of a layer at two places of one forward are apart."""
+
+    first: int
+    second: int
+    mean: float  # in σ, the median over channels
+    factor: float  # of the variances, the median over channels
+    calls: int  # of the layer in a forward
+
+
+def sites_apart(seen: Seen) -> Sites | None:
+    """The two places that are furthest apart, the same way in every batch; None where there is one place."""
+    by_batch: dict[int, dict[int, Call]] = {}
+    for call in seen.train:
+        by_batch.setdefault(call.batch, {})[call.site] = call
+    shared = set.intersection(*(set(each) for each in by_batch.values())) if by_batch else set()
+    if len(shared) < 2 or len(by_batch) < 2:
+        return None
+    found = None
+    first = min(shared)
+    for second in sorted(shared - {first}):
+        pairs = [(each[first], each[second]) for each in by_batch.values()]
+        sigma = torch.stack([(a.var + b.var) / 2 for a, b in pairs]).mean(0).sqrt()
+        usable = alive(sigma.square())
+        if not usable.any():
+            continue
+        steps = torch.stack([(b.mean - a.mean)[usable] / sigma[usable] for a, b in pairs])
+        widths = torch.stack([(b.var / a.var)[usable].log() for a, b in pairs])
+        # What holds in every batch: the smallest step, if all go the same way.
+        held = [_held(steps), _held(widths)]
+        each = Sites(first, second, median(held[0]), float(torch.tensor(median(held[1])).exp()), len(shared))
+        if found is None or (each.mean, each.factor) > (found.mean, found.factor):
+            found = each
+    return found
+
+
+def _held(differences: Tensor) -> Tensor:
+    same = (differences > 0).all(0) | (differences < 0).all(0)
+    return differences.abs().amin(0) * same

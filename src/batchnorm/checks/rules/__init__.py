@@ -1,0 +1,1 @@
+"""The rules of `batchnorm.check`, one file each."""

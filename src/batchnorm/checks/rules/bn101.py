@@ -1,0 +1,241 @@
+"""In eval mode the network gives other outputs than in training mode, because its running statistics do not fit.
+
+In training mode a batch is normalized by its own mean and variance, in eval mode by the running ones. The two agree
+when the running statistics describe what reaches the layer. The rule compares them on your batches: the running mean's
+distance is told in σ of the values, the variance as a factor. It speaks only if the outputs of the network differ,
+too, by more than the choice of the batch explains.
+
+## How it comes about
+
+The finding names the cause that the numbers support, the most specific first:
+
+- **Too few updates.** Running statistics start at 0 and 1 and keep (1 − m)^updates of that. With a momentum of 0.001
+  that is a third after 1,000 updates.
+- **Momentum too large.** With 0.9 the running statistics are those of the last batch.
+- **Batches that are not shuffled** (BN107): each batch has its own mean, and the average of all fits none.
+- **Several sources in one layer** (BN110): the running statistics are a mixture.
+- **Momentum too small** for so few updates: the average goes over weights that are long gone. In the first hundred
+  updates that holds for every network, and is an "info".
+- **Few values per channel** (BN103): every batch's statistics are noise.
+- **Weights that were changed afterwards** (averaged, pruned, merged), while the first batch norms still agree with the
+  data.
+
+If none of these shows, the samples may simply be of another kind than those of the training. That is worth knowing and
+no fault of the model: the finding is an "info" then. It is one, too, after fewer than five updates: such a network has
+not been trained yet.
+
+## What to do
+
+`batchnorm.recalibrate(model, loader)` measures the statistics anew, exactly, with the training data. Nothing else is
+touched. Where batches are sorted or mixed, mend that first: the weights were trained under those statistics.
+For samples of another kind: `batchnorm.adapt(model, loader)`.
+"""
+
+import statistics
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from batchnorm.checks.evidence import Evidence, Layer, Seen
+from batchnorm.checks.finding import Finding, Severity
+from batchnorm.checks.measures import (
+    Scatter,
+    Sites,
+    apart,
+    from_batches,
+    is_fresh,
+    median,
+    scatter,
+    share_of_data,
+    sites_apart,
+    standard_error,
+    typical,
+    usual_high,
+)
+from batchnorm.checks.rule import Rule, rule
+
+__all__ = ["BN101"]
+
+# Outputs apart by less than this share of their spread change few decisions. Trained networks on the digits: 0.15 to
+# 0.3 with shuffled batches, above 0.8 with sorted ones.
+_GAP = 0.3
+# And by this much more than where half of a batch's samples are replaced, which is the noise of batch statistics.
+_OVER_NOISE = 1.5
+_OFF = 0.25  # σ of the running mean
+_FACTOR = 2.0  # of the running variance
+_FAST, _FEW = 0.5, 0.95
+# The average goes over 1 / momentum updates; where that is more than a tenth of all, early weights are in it. With the
+# usual momentum of 0.1 these are the first 100 updates: no training yet.
+_SLOW, _USUAL = 10.0, 0.05
+_UNTRAINED = 5
+_SITES = (0.5, 4.0)  # as BN110 has them
+# What the first layers may be off, in σ, where it is the weights that moved, and what a later one must be. In training
+# mode every layer gets what the one before it has normalized, so samples of another kind move single layers little:
+# at most 0.2 σ and a factor of 2.3 for MobileNetV2 and EfficientNet-lite0 with ImageNet's weights on smoothed noise.
+_AGREES, _FAR, _MUCH = 0.15, 1.0, 4.0
+
+
+@rule(
+    "BN101",
+    "training and eval disagree",
+    "warning",
+    needs=["model", "batches"],
+    reference="https://github.com/pytorch/pytorch/issues/4741",
+)
+def BN101(self: Rule, evidence: Evidence) -> Iterator[Finding]:  # noqa: N802 - named as its code
+    """Compare running statistics with those of training-mode calls, where the outputs differ."""
+    if not _outputs_differ(evidence):
+        return
+    judged = (
+        _state(layer, seen, evidence) for layer, seen in evidence.observed() if _comparable(layer, seen)
+    )
+    states = [each for each in judged if each is not None]
+    off = [each for each in states if each.off]
+    if not off:
+        return
+    worst = max(off, key=lambda each: (each.mean / _OFF, each.factor / _FACTOR))
+    severity, cause, fix = _cause(worst, states, evidence)
+    gap = statistics.median(evidence.run.gap)
+    yield self.finding(
+        worst.layer.name,
+        f"running mean {worst.mean:.1f} σ from that of the training batches, variance off by a factor of "
+        f"{worst.factor:.1f} (median channel); the network's outputs in training and eval mode are "
+        f"{100 * gap:.0f} % of their spread apart",
+        cause=cause,
+        fix=fix,
+        severity=severity,
+        also=tuple(each.layer.name for each in off if each is not worst),
+        evidence={"sigma": worst.mean, "factor": worst.factor, "gap": gap, "layers": len(off)},
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _State:
+    layer: Layer
+    seen: Seen
+    mean: float  # σ, the median channel
+    factor: float
+    off: bool
+    scatter: Scatter | None  # of batches that are not shuffled
+    sites: Sites | None  # that differ
+
+
+def _outputs_differ(evidence: Evidence) -> bool:
+    run = evidence.run
+    if not run.gap:
+        return False
+    noise = run.neighbours_train or 0.0
+    return statistics.median(run.gap) > max(_GAP, _OVER_NOISE * noise)
+
+
+def _comparable(layer: Layer, seen: Seen) -> bool:
+    usable = layer.mean is not None and layer.var is not None and seen.training and not seen.batch_in_eval
+    return usable and bool(seen.train) and not is_fresh(layer)
+
+
+def _state(layer: Layer, seen: Seen, evidence: Evidence) -> _State | None:
+    mean, var, between = typical(seen.train)
+    distance, factor = (median(values) for values in apart(layer, mean, var, between))
+    if distance != distance:  # no channel varies
+        return None
+    samples = sum(call.samples for call in seen.train)
+    # What chance does to an average over so few batches and samples.
+    noise = median(standard_error(seen.train)) / len(seen.train) ** 0.5
+    off = distance > max(_OFF, 3 * noise) or factor > max(_FACTOR, 1 + 6 * (2 / samples) ** 0.5)
+    # Running statistics that fit the average of all calls, and none of them.
+    scattered, sites = scatter(seen, evidence.run), sites_apart(seen)
+    if scattered is not None and not (scattered.sure and scattered.excess > _OFF):
+        scattered = None
+    if sites is not None and not (sites.mean > _SITES[0] or sites.factor > _SITES[1]):
+        sites = None
+    single = from_batches(layer, seen.train)
+    if scattered is not None:
+        distance = max(distance, usual_high(single))
+    elif sites is not None:
+        distance = max(distance, median(single))
+    return _State(layer, seen, distance, factor, off or bool(scattered) or bool(sites), scattered, sites)
+
+
+def _cause(worst: _State, states: list[_State], evidence: Evidence) -> tuple[Severity, str, str]:
+    """How bad, why, and what to do: the first that the evidence supports."""
+    layer, renew = worst.layer, "batchnorm.recalibrate(model, loader)"
+    momentum, updates = layer.momentum, layer.updates or 0
+    share = share_of_data(layer)
+    if share < _FEW and _start_shows(worst, share):
+        return (
+            "info" if updates < _UNTRAINED else "warning",
+            f"too few updates: after {updates} with momentum {momentum:g}, {100 * (1 - share):.0f} % of the running "
+            "statistics are still their start, 0 and 1",
+            renew,
+        )
+    if momentum is not None and momentum >= _FAST and updates:
+        fix = f"layer.momentum = {max(0.01, round(1 - momentum, 6)):g}, then {renew}"
+        return "warning", f"momentum {momentum:g}: the running statistics are those of the last batches", fix
+    scattered = [(each.scatter.excess, each.layer.name) for each in states if each.scatter is not None]
+    if scattered:
+        excess, name = max(scattered)
+        return (
+            "warning",
+            f"the batches are not shuffled (BN107): their means scatter by {excess:.1f} σ beyond chance at "
+            f"{name or 'the model'}, and running statistics fit none of them",
+            f"DataLoader(..., shuffle=True), then {renew}",
+        )
+    if worst.sites is not None:
+        return (
+            "warning",
+            f"the layer is fed from {worst.sites.calls} places (BN110) whose means are {worst.sites.mean:.1f} σ and "
+            f"variances a factor of {worst.sites.factor:.1f} apart, and its running statistics are their mixture",
+            'batchnorm.convert(model, "domain")',
+        )
+    if momentum is not None and updates and momentum * updates < _SLOW:
+        if momentum < _USUAL:
+            why = f"momentum {momentum:g} is small for {updates} updates: the average goes over weights that are gone"
+            return "warning", why, renew
+        why = (
+            f"after {updates} updates the weights still move faster than the statistics, as they do at first"
+        )
+        return "info", why, renew
+    error = median(standard_error(worst.seen.train))
+    if error > 0.4:
+        return (
+            "warning",
+            f"few values per channel (BN103): the mean of a batch is uncertain by {error:.1f} σ",
+            f"larger batches, then {renew}",
+        )
+    return _moved(worst, states, renew)
+
+
+def _moved(worst: _State, states: list[_State], renew: str) -> tuple[Severity, str, str]:
+    ordered = sorted(states, key=lambda each: each.seen.place)
+    first = ordered[: max(1, len(ordered) // 8)]
+    agree = all(each.mean < _AGREES and not each.off for each in first)
+    if agree and (worst.mean > _FAR or worst.factor > _MUCH):
+        return (
+            "warning",
+            "the first batch norms agree with these samples and this one does not: the weights before it have changed "
+            "since (averaged, pruned, merged) or moved faster than the statistics",
+            renew,
+        )
+    return (
+        "info",
+        "the samples are of another kind than those that made the statistics, or the weights have changed since",
+        f"{renew} with the training data; batchnorm.adapt(model, loader) if it is the data that changed",
+    )
+
+
+def _start_shows(state: _State, share: float) -> bool:
+    """Whether the start (0 and 1) is most of the statistics, or they fit better once it is taken out of them."""
+    layer, mean, var = state.layer, *typical(state.seen.train)[:2]
+    # What is left of the start's 1 is in every variance; else they have come from elsewhere.
+    if layer.mean is None or layer.var is None or (layer.var < 0.99 * (1 - share)).any():
+        return False
+    if share < 0.5:
+        return True
+    sigma = (var + (layer.eps or 0.0)).sqrt()
+    cleared_mean = layer.mean / share
+    cleared_var = ((layer.var - (1 - share)) / share).clamp(min=1e-12)
+    before = (layer.mean - mean).abs() / sigma + (layer.var / var).log().abs()
+    after = (cleared_mean - mean).abs() / sigma + (cleared_var / var).log().abs()
+    usable = torch.isfinite(before) & torch.isfinite(after) & (var > 0)
+    return bool(usable.any()) and median(after[usable]) < 0.7 * median(before[usable])
