@@ -138,6 +138,13 @@ def test_an_activation_in_between_is_no_straight_way() -> None:
     assert "pads" not in finding.message
 
 
+def test_a_convolution_that_pads_nothing_is_another_reason() -> None:
+    model = nn.Sequential(nn.ReLU(), trained(nn.BatchNorm2d(4)), nn.Conv2d(4, 4, 3))
+    model[2].register_forward_hook(lambda module, args, output: None)  # with which fold leaves it
+    finding = only(model, "BN018")
+    assert "pads" not in finding.message
+
+
 def test_layers_that_fold_are_no_finding() -> None:
     model = trained(plain(nn.BatchNorm2d(4), batchnorm.BatchNorm2d(4)))
     for mode in (True, False):

@@ -118,6 +118,15 @@ def test_statistics_that_cannot_move(momentum: float, stuck: bool) -> None:
     assert torch.equal(before, model[0].running_var) == stuck  # and so it is
 
 
+@pytest.mark.parametrize(("var", "stuck"), [(4.5, 3), (4.97, 0)])
+def test_stuck_is_what_is_off_by_more_than_two_percent(var: float, stuck: int) -> None:
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.BatchNorm1d(3, momentum=0.01).bfloat16())
+    model[0].running_var.fill_(var)
+    batches = [torch.randn(50_000, 3).mul(5**0.5).bfloat16() for _ in range(2)]
+    assert only(model, "BN003", batches=batches).evidence["stuck"] == stuck
+
+
 def test_what_has_arrived_is_not_stuck() -> None:
     torch.manual_seed(1)
     model = nn.Sequential(nn.BatchNorm1d(3, momentum=0.003).bfloat16())
@@ -202,11 +211,14 @@ def test_statistics_at_their_start_beside_trained_weights() -> None:
     assert len(found(old, "BN006")) == 1  # before PyTorch 0.4.1 there was no counter
 
 
-@pytest.mark.parametrize(("counter", "moved"), [(0, True), (None, True)])
-def test_a_count_of_zero_is_none_if_statistics_have_moved(counter: int | None, moved: bool) -> None:
-    model = net()
+@pytest.mark.parametrize("counter", [0, None])
+@pytest.mark.parametrize("at_start", ["", "running_mean", "running_var"])
+def test_a_count_of_zero_is_none_if_statistics_have_moved(counter: int | None, at_start: str) -> None:
+    model, fresh = net(), nn.BatchNorm2d(4)
     for norm in (model[1], model[4]):
         norm.num_batches_tracked = None if counter is None else torch.tensor(counter)
+        if at_start:
+            getattr(norm, at_start).copy_(getattr(fresh, at_start))
     assert found(model, "BN006") == ()
 
 

@@ -37,9 +37,8 @@ from batchnorm.checks.rule import Rule, rule
 __all__ = ["BN003"]
 
 _NEAR = 0.9 * torch.finfo(torch.float16).max
-_SHIFT = (
-    0.1  # of σ; the means of MobileNetV2 and EfficientNet-lite0 are rounded by at most 0.04 σ in bfloat16
-)
+# Of σ. In bfloat16 the means of MobileNetV2 and EfficientNet-lite0 are rounded by at most 0.04 σ.
+_SHIFT = 0.1
 _OFF = 0.02  # of σ, and of the variance: what a batch of thousands of values tells from noise
 
 
@@ -56,7 +55,7 @@ def BN003(self: Rule, evidence: Evidence) -> Iterator[Finding]:  # noqa: N802 - 
             continue
         numbers, seen = (layer.kept_in, layer.mean, layer.var), evidence.seen.get(layer.name)
         kept = str(layer.kept_in).removeprefix("torch.")
-        moves = bool(layer.training) and layer.tracks and not layer.frozen
+        moves = bool(layer.training) and layer.tracks
         found = {"dtype": kept, **_standing(layer, *numbers), **_moving(layer, *numbers, seen)}
         severity: Severity = "warning" if moves else "info"
         said = "an update below half a unit in the last place is lost"

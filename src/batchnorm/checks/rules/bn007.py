@@ -70,8 +70,7 @@ def _dead(layer: Layer) -> Tensor:
     gamma = ones if layer.weight is None else layer.weight.abs()
     var = ones if layer.var is None else layer.var.clamp(min=0)
     eps = USUAL_EPS if layer.eps is None else max(layer.eps, 0.0)
-    if not gamma.any():  # how residual branches start
-        return torch.zeros_like(gamma, dtype=torch.bool)
     # (a variance of 0 over an eps of 0 is 0 here)
     spread = gamma * (var / (var + eps)).nan_to_num(0.0).sqrt()
+    # Where all γ are 0, as residual branches start, none is below the largest.
     return (var <= _CONSTANT * eps) | (spread < _DEAD * spread.nan_to_num(0, 0, 0).max())

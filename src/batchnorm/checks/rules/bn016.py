@@ -23,7 +23,7 @@ from batchnorm.checks.rule import Rule, rule
 __all__ = ["BN016"]
 
 _FEW = 16
-_MADE_FOR_IT = ("Ghost", "Renorm")
+_MADE_FOR_IT = ("Ghost", "Renorm", "Virtual")
 
 
 @rule(
