@@ -11,7 +11,8 @@ from torch.nn import Module
 from batchnorm import ops
 from batchnorm._activations import activation_named
 from batchnorm._errors import InputError, ModelError, message
-from batchnorm.functional import SINGLE, Single, layer_batch_norm
+from batchnorm._validation import SINGLE, Single
+from batchnorm.functional import layer_batch_norm
 from batchnorm.nn._unscriptable import Unscriptable
 
 __all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "Extras", "Memory", "NonFinite", "Options", "Sized"]

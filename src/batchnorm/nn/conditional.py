@@ -11,7 +11,8 @@ from torch.nn import functional as F
 from batchnorm import ops
 from batchnorm._activations import activation_named
 from batchnorm._errors import InputError, InputTypeError, message
-from batchnorm.functional import Single, check_residual, layer_batch_norm
+from batchnorm._validation import Single, check_residual
+from batchnorm.functional import layer_batch_norm
 from batchnorm.nn._scopes import Scope, Told
 from batchnorm.nn.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d, NonFinite
 from batchnorm.nn.member import AnyBatchNorm, Member

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 
 from batchnorm._errors import InputError, InputTypeError, ModelError, message
-from batchnorm.functional import Single
+from batchnorm._validation import Single
 from batchnorm.nn._scopes import Scope, Told
 from batchnorm.nn._unscriptable import Unscriptable
 from batchnorm.nn.batch_norm import Extras, NonFinite

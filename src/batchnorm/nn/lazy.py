@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from batchnorm._errors import InputError, message
-from batchnorm.functional import Single
+from batchnorm._validation import Single
 from batchnorm.nn.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d, Extras, NonFinite
 
 __all__ = ["LazyBatchNorm1d", "LazyBatchNorm2d", "LazyBatchNorm3d"]

@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from batchnorm import ops
 from batchnorm._errors import InputTypeError, message
-from batchnorm.functional import Single
+from batchnorm._validation import Single
 from batchnorm.nn.batch_norm import NonFinite
 from batchnorm.nn.member import Member
 from batchnorm.policies.sync import Synced

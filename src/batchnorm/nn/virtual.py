@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from batchnorm._errors import InputError, InputTypeError, ModelError, message
-from batchnorm.functional import check_call
+from batchnorm._validation import check_call
 from batchnorm.nn.member import Member
 from batchnorm.ops import is_traced
 from batchnorm.ops.composed import finish, statistics_dtype

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from batchnorm._activations import activation_named
 from batchnorm._errors import InputError, InputTypeError, message
-from batchnorm.functional import SINGLE, Single, check_call
+from batchnorm._validation import SINGLE, Single, check_call
 from batchnorm.nn._unscriptable import Unscriptable
 from batchnorm.nn.batch_norm import NonFinite
 from batchnorm.ops import is_recomputation, is_traced
