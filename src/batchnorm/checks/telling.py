@@ -15,7 +15,7 @@ _TITLES: dict[Severity, str] = {
     "info": "Worth knowing",
 }
 _NEEDS: dict[Need, str] = {
-    "graph": "a forward that torch.fx can follow",
+    "graph": "a traceable forward",
     "batches": "batches",
     "optimizer": "the optimizer",
     "averaged": "the averaged model",
@@ -27,7 +27,7 @@ _TONES: dict[Severity, Tone] = {"error": "bad", "warning": "bad", "info": "neutr
 def needs(rule: Rule) -> str:
     """What a rule cannot do without; batches and the like come with a model."""
     more = [words for need, words in _NEEDS.items() if need in rule.needs]
-    return ", ".join(more) or ("a model" if "model" in rule.needs else "a model or a state dict")
+    return ", ".join(more) or ("model" if "model" in rule.needs else "model or weights")
 
 
 def rule_as_dict(rule: Rule) -> dict[str, Any]:

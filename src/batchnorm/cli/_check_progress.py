@@ -32,7 +32,7 @@ class CheckDisplay(ConsoleDisplay):
         if self.console.is_terminal:
             with suppress(OSError):
                 self.bars.start()
-        else:
+        elif batches:
             self._print(f"running {batches} batch{'es' if batches != 1 else ''} at most")
 
     def forward(self, done: int) -> None:

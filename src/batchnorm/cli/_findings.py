@@ -1,13 +1,12 @@
 """Findings in words: for people in a terminal, and for the annotations of GitHub's workflows."""
 
 import io
+from collections import Counter
 from collections.abc import Mapping
 from itertools import groupby
 from typing import TYPE_CHECKING
 
-from rich.console import Console, Group, RenderableType
-from rich.padding import Padding
-from rich.table import Table
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.text import Text
 
 from batchnorm.checks.rule import rule_named
@@ -16,7 +15,7 @@ from batchnorm.checks.telling import places
 if TYPE_CHECKING:
     from batchnorm.checks import Finding, Findings
 
-__all__ = ["SEVERITY_STYLES", "github", "render", "text"]
+__all__ = ["SEVERITY_STYLES", "github", "render", "text", "unseen"]
 
 SEVERITY_STYLES = {"error": "bold red", "warning": "bold yellow", "info": "bold cyan"}
 _COMMANDS = {"error": "error", "warning": "warning", "info": "notice"}
@@ -28,16 +27,21 @@ def render(findings: "Findings") -> RenderableType:
     for (severity, code), found in groupby(findings, key=lambda each: (each.severity, each.code)):
         title = Text.assemble((severity, SEVERITY_STYLES[severity]), " ", (code, "bold"), ": ")
         parts.append(title.append(rule_named(code).title))
-        parts += [Padding(_finding(each), (0, 0, 1, 2)) for each in found]
-    style = SEVERITY_STYLES[findings[0].severity] if len(findings) else "bold green"
-    parts.append(Text(findings.summary, style=style))
-    codes = {each.code: None for each in findings}
-    if codes:
-        first = next(iter(codes))
-        parts.append(Text(f"batchnorm explain {first} tells more of {first}, and so of each", style="dim"))
-    if missed := _unseen(findings):
-        parts.append(Text(f"not looked at: {missed}", style="dim"))
+        for each in found:
+            parts += [_Lines(each), Text()]
+    parts.append(Text(findings.summary, style=_summary_style(findings)))
+    if findings:
+        parts.append(Text(f"more about a rule: batchnorm explain {findings[0].code}", style="dim"))
+    parts += [Text(f"note: {note}", style="dim") for note in findings.notes]
+    if findings.not_run:
+        parts.append(Text(f"not looked at: {unseen(findings.not_run)}", style="dim"))
     return Group(*parts)
+
+
+def _summary_style(findings: "Findings") -> str:
+    if findings:
+        return SEVERITY_STYLES[findings[0].severity]
+    return "bold green" if findings.layers else "bold yellow"
 
 
 def text(findings: "Findings") -> str:
@@ -48,38 +52,52 @@ def text(findings: "Findings") -> str:
     return captured.get()
 
 
-def _finding(finding: "Finding") -> RenderableType:
-    grid = Table.grid(padding=(0, 2))
-    grid.add_column(no_wrap=True, style="dim")
-    grid.add_column(overflow="fold")
-    grid.add_row("at", Text(places(finding), style="bold"))
-    grid.add_row("seen", Text(finding.message))
-    grid.add_row("why", Text(finding.cause))
-    grid.add_row("fix", Text(finding.fix, style="green"))
-    return grid
+class _Lines:
+    """A finding as four labelled lines, of which a long one goes on below itself."""
+
+    def __init__(self, finding: "Finding") -> None:
+        self.rows = (
+            ("at", places(finding), "bold"),
+            ("seen", finding.message, ""),
+            ("why", finding.cause, ""),
+            ("fix", finding.fix, "green"),
+        )
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        width = max(options.max_width - _INDENT, 20)
+        for label, words, style in self.rows:
+            for number, line in enumerate(Text(words, style=style).wrap(console, width)):
+                line.rstrip()
+                yield Text.assemble((f"  {'' if number else label}".ljust(_INDENT), "dim"), line)
 
 
-def _unseen(findings: "Findings") -> str:
-    """What was not looked at, and what it needs, in one line; "" if nothing was left out."""
-    said = list(findings.notes)
-    groups: dict[str, list[str]] = {}
-    for code, why in findings.not_run.items():
-        groups.setdefault(_needed(why), []).append(code)
-    said += [f"{_rules(codes)} {need}" for need, codes in groups.items()]
-    return "; ".join(said)
+_INDENT = 8
+
+
+def unseen(not_run: Mapping[str, str]) -> str:
+    """How many rules lack what, in the words of the command line."""
+    counts = Counter(_needed(why) for why in not_run.values())
+    arguments = sorted({word for why in not_run.values() for word in why.split() if word.endswith("=")})
+    said = []
+    for need, number in counts.most_common():
+        what = (
+            f"{', '.join(each for each in arguments if each != _BATCHES)} {need}" if need == _PYTHON else need
+        )
+        said.append(f"{number} rule{'s that need' if number != 1 else ' that needs'} {what}")
+    return ", ".join(said)
+
+
+_BATCHES = "batches="
+_PYTHON = "(batchnorm.check in Python)"
 
 
 def _needed(why: str) -> str:
     """What the command line would have to be given; what it has no option for, the function has."""
     if "a model" in why:
-        return "(a model: MODULE:FACTORY)"
-    if "batches=" in why:
-        return "(batches: --data)"
-    return f"({why.replace('=', '')}: batchnorm.check in Python)" if "=" in why else f"({why})"
-
-
-def _rules(codes: list[str]) -> str:
-    return ", ".join(codes) if len(codes) <= 3 else f"{len(codes)} rules, {codes[0]} to {codes[-1]}"
+        return "a model (MODULE:FACTORY)"
+    if _BATCHES in why:
+        return "batches (--data)"
+    return _PYTHON if "=" in why else why
 
 
 def github(findings: "Findings") -> str:

@@ -2,7 +2,7 @@
 
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from batchnorm.checks import Findings
+    from batchnorm.checks.finding import Severity
 
 __all__ = ["command"]
 
@@ -113,7 +114,7 @@ def command(
         _check_targets(form, out, json, [weights, Path(model)])
         findings = _findings(model, data, weights, batches, _codes(select), _codes(ignore), device)
         _present(findings, form, out, json)
-        if fail_on is not FailOn.NEVER and findings.at_least(fail_on.value):
+        if fail_on is not FailOn.NEVER and findings.at_least(cast("Severity", fail_on.value)):
             raise typer.Exit(_FOUND)
 
 
@@ -169,13 +170,14 @@ def _findings(
     else:
         findings = _of_model(source, data, weights, batches, select, ignore, device)
     if select is not None and findings.not_run and not findings.ran:
-        lacking = "; ".join(f"{code} needs {why}" for code, why in findings.not_run.items())
+        from batchnorm.cli._findings import unseen
+
         raise InputError(
             message(
                 "--select",
                 got=", ".join(select),
                 expected="a rule that can look at what is given",
-                fix=lacking.replace("batches=", "--data") + ".",
+                fix=f"Not looked at: {unseen(findings.not_run)}.",
             )
         )
     return findings
@@ -198,6 +200,15 @@ def _of_file(
                 got=f"{source!r}, no such file",
                 expected="MODULE:FACTORY, or a file with weights",
                 fix=f"A function is given with its module, as in {_as_spec(source)}.",
+            )
+        )
+    if Path(source).suffix == ".py":
+        raise InputError(
+            message(
+                "MODEL",
+                got=f"{source}, a file with code",
+                expected="MODULE:FACTORY, or a file with weights",
+                fix=f"Give the function in it: {Path(source).stem}:FACTORY.",
             )
         )
     for option, value in (("--data", data), ("--weights", weights)):
