@@ -14,18 +14,18 @@ from batchnorm.checks.telling import needs
 _LIST = "<!-- the rules -->"
 _INDEX = "rules.md"
 _FOLDER = "rules"
-# Code, outside of code: what stands in backticks, or in a link's brackets already, stays as it is.
+# A rule's code, or what stays as it is: what stands in backticks, and links.
 _CODE = re.compile(r"(`[^`]*`|\[[^\]]*\]\([^)]*\))|\b(BN\d{3})\b")
 
 
 def on_config(config: Any, **_: Any) -> Any:
     """Put the rules' pages below their list in the menu."""
     pages = [f"{_FOLDER}/{code}.md" for code in all_rules()]
-    for _title, entries in ((title, entries) for part in config.nav for title, entries in part.items()):
-        for place, entry in enumerate(entries if isinstance(entries, list) else []):
-            if entry == {"Rules": _INDEX}:
-                entries[place] = {"Rules": [{"All rules": _INDEX}, *pages]}
-                return config
+    lists = [entries for part in config.nav for entries in part.values() if isinstance(entries, list)]
+    for entries in lists:
+        if {"Rules": _INDEX} in entries:
+            entries[entries.index({"Rules": _INDEX})] = {"Rules": [{"All rules": _INDEX}, *pages]}
+            return config
     raise ValueError(f"mkdocs.yml has no entry 'Rules: {_INDEX}' in its nav")
 
 
