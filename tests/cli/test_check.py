@@ -1,5 +1,6 @@
 import json
 import math
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -266,7 +267,8 @@ def test_a_page(run: Run, tmp_path: Path, options: list[str]) -> None:
     assert result.stdout.endswith("html: r.html\n")
     assert "warning BN004" in result.stdout
     page = (tmp_path / "r.html").read_text("utf-8")
-    assert "momentum is 0.99: each batch replaces 99 %" in page
+    assert '<p class="label">Warning BN004</p>' in page
+    assert "<strong>Seen:</strong> momentum is 0.99: each batch replaces 99 %" in page
     assert "layer.momentum = 0.01, then batchnorm.recalibrate(model, loader)" in page
 
 
@@ -326,10 +328,7 @@ def test_what_is_wrong_is_one_line_and_nothing_is_written(
     assert {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 def _scripted(path: Path) -> None:
-    import warnings
-
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.jit.script(nn.BatchNorm1d(3)).save(str(path))

@@ -86,8 +86,11 @@ def document_of(
 
 def _blocks(finding: Finding) -> list[Block]:
     rule = rule_named(finding.code)
+    kind = f"{finding.severity.capitalize()} {finding.code}"
+    # What was seen may be long; a page would fold it away in a verdict.
     blocks: list[Block] = [
-        Verdict(f"{finding.code}: {rule.title}", places(finding), finding.message, _TONES[finding.severity]),
+        Verdict(kind, places(finding), rule.title, _TONES[finding.severity]),
+        Paragraph(finding.message, lead="Seen:"),
         Paragraph(finding.cause, lead="Why:"),
         Paragraph(finding.fix, lead="Fix:"),
     ]

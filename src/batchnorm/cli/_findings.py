@@ -28,13 +28,12 @@ def render(findings: "Findings") -> RenderableType:
         title = Text.assemble((severity, SEVERITY_STYLES[severity]), " ", (code, "bold"), ": ")
         parts.append(title.append(rule_named(code).title))
         for each in found:
-            parts += [_Lines(each), Text()]
+            parts += [_finding(each), Text()]
     parts.append(Text(findings.summary, style=_summary_style(findings)))
-    if findings:
-        parts.append(Text(f"more about a rule: batchnorm explain {findings[0].code}", style="dim"))
-    parts += [Text(f"note: {note}", style="dim") for note in findings.notes]
-    if findings.not_run:
-        parts.append(Text(f"not looked at: {unseen(findings.not_run)}", style="dim"))
+    last = [f"more about a rule: batchnorm explain {findings[0].code}"] if findings else []
+    last += [f"note: {note}" for note in findings.notes]
+    last += [f"not looked at: {unseen(findings.not_run)}"] if findings.not_run else []
+    parts.append(_Lines(*(("", line, "dim") for line in last)))
     return Group(*parts)
 
 
@@ -53,25 +52,28 @@ def text(findings: "Findings") -> str:
 
 
 class _Lines:
-    """A finding as four labelled lines, of which a long one goes on below itself."""
+    """Labelled lines, of which a long one goes on below itself."""
 
-    def __init__(self, finding: "Finding") -> None:
-        self.rows = (
-            ("at", places(finding), "bold"),
-            ("seen", finding.message, ""),
-            ("why", finding.cause, ""),
-            ("fix", finding.fix, "green"),
-        )
+    def __init__(self, *rows: tuple[str, str, str], indent: int = 0) -> None:
+        self.rows, self.indent = rows, indent
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        width = max(options.max_width - _INDENT, 20)
+        width = max(options.max_width - self.indent, 20)
         for label, words, style in self.rows:
             for number, line in enumerate(Text(words, style=style).wrap(console, width)):
                 line.rstrip()
-                yield Text.assemble((f"  {'' if number else label}".ljust(_INDENT), "dim"), line)
+                start = "" if number else f"  {label}"
+                yield Text.assemble((start.ljust(self.indent)[: self.indent], "dim"), line)
 
 
-_INDENT = 8
+def _finding(finding: "Finding") -> _Lines:
+    return _Lines(
+        ("at", places(finding), "bold"),
+        ("seen", finding.message, ""),
+        ("why", finding.cause, ""),
+        ("fix", finding.fix, "green"),
+        indent=8,
+    )
 
 
 def unseen(not_run: Mapping[str, str]) -> str:

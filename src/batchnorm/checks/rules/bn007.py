@@ -74,4 +74,5 @@ def _dead(layer: Layer) -> Tensor:
         return torch.zeros_like(gamma, dtype=torch.bool)
     # (a variance of 0 over an eps of 0 is 0 here)
     spread = gamma * (var / (var + eps)).nan_to_num(0.0).sqrt()
-    return (var <= _CONSTANT * eps) | (spread < _DEAD * spread.nan_to_num(0, 0, 0).max())
+    dead = (var <= _CONSTANT * eps) | (spread < _DEAD * spread.nan_to_num(0, 0, 0).max())
+    return dead & var.isfinite()  # the others are BN001's
