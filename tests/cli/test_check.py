@@ -67,6 +67,10 @@ def same():
     return [torch.randn(16, 3, 8, 8, generator=generator) for _ in range(3)]
 
 def stream(): return iter(same())
+def loaders():
+    data = torch.utils.data.TensorDataset(torch.randn(48, 3, 8, 8), torch.zeros(48))
+    return torch.utils.data.DataLoader(data, 16), torch.utils.data.DataLoader(data, 24)
+
 def flat(): return [torch.randn(16, 5)]
 def mixed(): return [torch.randn(16, 3, 8, 8), {"y": 3}]
 def nothing(): return []
@@ -183,6 +187,14 @@ def test_a_stream_without_a_length(run: Run) -> None:
     result = run("check", "nets:healthy", "--data", "nets:stream", "--fail-on", "never")
     assert result.exit_code == 0
     assert "running 8 batches at most\n" in result.stderr
+
+
+def test_of_two_loaders_the_first_is_the_training_s(run: Run) -> None:
+    result = run("check", "nets:healthy", "--data", "nets:loaders", "--fail-on", "never")
+    assert result.exit_code == 0
+    assert (
+        "note: nets:loaders gives 2 loaders: the first is used\nrunning 3 batches at most\n" in result.stderr
+    )
 
 
 @pytest.mark.parametrize(

@@ -248,9 +248,8 @@ def _of_model(
     from batchnorm.cli._factory import load_data
 
     with users_code():
-        loader = load_data(data, "--data")
-    console = stderr()
-    with CheckDisplay(console) as display, users_code():
+        loader = _training(load_data(data, "--data"), data)
+    with CheckDisplay(stderr()) as display, users_code():
         number = min(batches, _length(loader, batches))
         display.start(forwards(network, number), number)
         return batchnorm.check(
@@ -261,6 +260,16 @@ def _of_model(
             max_batches=batches,
             progress=display.forward,
         )
+
+
+def _training(loader: Any, spec: str) -> Any:
+    """Of a training and a test loader, as `batchnorm compare` takes them, the first."""
+    from torch.utils.data import DataLoader
+
+    if isinstance(loader, tuple | list) and loader and all(isinstance(each, DataLoader) for each in loader):
+        stderr().print(f"note: {spec} gives {len(loader)} loaders: the first is used", markup=False)
+        return loader[0]
+    return loader
 
 
 def _length(loader: Any, otherwise: int) -> int:
