@@ -51,6 +51,9 @@ def poisoned():
 def stale():
     return settled(Net(momentum=0.0001))
 
+def biased():
+    return nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+
 def without():
     return nn.Linear(2, 2)
 
@@ -263,6 +266,12 @@ def test_github_annotations(run: Run, tmp_path: Path) -> None:
     assert "1 error, 1 warning" in result.stderr
     run("check", "nets:poisoned", "--format", "github", "--out", "log")
     assert (tmp_path / "log").read_text().splitlines() == lines
+
+
+def test_what_is_worth_knowing_is_a_notice(run: Run) -> None:
+    result = run("check", "nets:biased", "--format", "github")
+    assert result.exit_code == 0
+    assert result.stdout.startswith("::notice title=BN012 bias that batch norm subtracts again::1: ")
 
 
 def test_github_codes_for_signs_that_mean_something() -> None:
