@@ -146,11 +146,13 @@ def test_the_process_that_asks_for_a_benchmark_leaves_torch_alone() -> None:
     [
         ["--help"],
         ["bench", "--help"],
+        ["check", "--help"],
         ["compare", "--help"],
         ["env", "--help"],
         ["explain", "--help"],
         ["recalibrate", "--help"],
         ["fold", "--help"],
+        ["rules", "--help"],
     ],
     ids=" ".join,
 )

@@ -264,6 +264,14 @@ def test_frozen_statistics_of_zero_and_one_may_be_folded_ones() -> None:
 # BN007
 
 
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_channel_without_a_finite_variance_is_not_dead(bad: float) -> None:
+    model = net()
+    model[1].running_var[2] = bad
+    assert found(model, "BN007") == ()
+    assert only(model, "BN001").module == "1"
+
+
 def test_dead_channels_are_counted() -> None:
     model = net()
     with torch.no_grad():

@@ -1,4 +1,5 @@
 import json
+import re
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,7 @@ from rich.console import Console
 from typer.testing import Result
 
 import batchnorm.cli.explain
+from batchnorm.checks.rule import all_rules
 from batchnorm.explain.chapters import CHAPTERS
 
 Run = Callable[..., Result]
@@ -41,13 +43,6 @@ def test_help_names_every_step(run: Run) -> None:
     for number in range(len(CHAPTERS)):
         assert f"{number} " in text
     assert str(batchnorm.cli.explain._LAST) == str(len(CHAPTERS) - 1)
-
-
-def test_help_speaks_of_no_rules_while_there_are_none(run: Run) -> None:
-    text = run("explain", "--help").stdout
-    assert "Usage: batchnorm explain [OPTIONS]\n" in text
-    assert "CODE" not in text
-    assert "got 'BN001', expected options alone" in only_error(run("explain", "BN001", "--step", "1"))
 
 
 def test_values_are_traced(run: Run) -> None:
@@ -140,6 +135,27 @@ def test_a_table_that_cannot_be_taken_whole_says_where(
     assert says in only_error(run("explain", "--csv", "own.csv", *options))
 
 
+@pytest.mark.parametrize("code", sorted(all_rules()))
+def test_the_page_of_a_rule(run: Run, code: str) -> None:
+    rule = all_rules()[code]
+    result = run("explain", code.lower())
+    assert result.exit_code == 0
+    assert result.stdout.startswith(f"{code}: {rule.title}\n{rule.severity}, needs ")
+    shown = re.sub(r"\W+", " ", result.stdout)
+    for sentence in re.findall(r"^\w[^`*\n]{30,}$", rule.page, re.MULTILINE):
+        assert re.sub(r"\W+", " ", sentence).strip() in shown
+    assert "What to do" in result.stdout
+    assert "##" not in result.stdout
+
+
+def test_the_page_of_a_rule_as_data(run: Run, tmp_path: Path) -> None:
+    content = json.loads(run("explain", "BN101", "--json", "-").stdout)
+    assert (content["kind"], content["code"], content["needs"]) == ("rule", "BN101", ["batches", "model"])
+    assert content["page"].startswith("In eval mode")
+    assert run("explain", "BN101", "--json", "rule.json").stdout.endswith("json: rule.json\n")
+    assert json.loads((tmp_path / "rule.json").read_text("utf-8")) == content
+
+
 def test_files_appear_and_are_named(run: Run, tmp_path: Path) -> None:
     result = run("explain", "--html", "story.html", "--json", "story.json")
     assert result.exit_code == 0
@@ -156,7 +172,13 @@ def test_files_appear_and_are_named(run: Run, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["BN001"], "There are no rules to explain yet"),
+        (["BN11"], "got 'BN11', expected one of BN110, BN111, BN112, BN113. `batchnorm rules`"),
+        (["BN999"], "expected one of BN"),
+        (["nonsense"], "expected the code of a rule, such as BN101"),
+        (["BN001", "--step", "1"], "--step: got the code of a rule as well"),
+        (["BN001", "--html", "a.html"], "--html: got the code of a rule as well"),
+        (["BN001", "--values", "1,2"], "--values: got the code of a rule as well"),
+        (["BN001", "--json", "no/rule.json"], "mkdir -p no"),
         (["--values", "1,two,3"], "got 'two', expected finite numbers"),
         (["--values", "1,nan"], "got 'nan'"),
         (["--values", "7"], "at least two numbers"),

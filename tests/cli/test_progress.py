@@ -4,6 +4,7 @@ import pytest
 from rich.console import Console
 
 from batchnorm.cli._bench_progress import BenchDisplay
+from batchnorm.cli._check_progress import CheckDisplay
 from batchnorm.cli._progress import LiveDisplay, PlainDisplay, display
 
 
@@ -132,3 +133,18 @@ def test_a_benchmark_tells_the_time_left(
         target.print(shown.bars.get_renderable())
     assert expected in written(target)
     assert "1/2" in written(target)
+
+
+def test_a_check_shows_a_bar_or_one_line() -> None:
+    log, terminal = console(terminal=False), console(terminal=True)
+    for target in (log, terminal):
+        with CheckDisplay(target) as shown:
+            shown.start(21, 8)
+            for done in range(1, 8):
+                shown.forward(done)
+            if target is terminal:
+                shown.bars.refresh()
+    assert written(log) == "running 8 batches at most\n"
+    assert "reading batches" in written(terminal)
+    assert "7/21 forwards" in written(terminal)
+    assert written(terminal).endswith("\x1b[2K")  # taken away

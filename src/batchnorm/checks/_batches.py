@@ -17,9 +17,15 @@ from batchnorm.checks.evidence import Fed, Run, Seen
 from batchnorm.stats._batches import Forward, call, check_loader, place_of, samples_in
 from batchnorm.stats._still import Still, plainly
 
-__all__ = ["observe"]
+__all__ = ["forwards", "observe"]
 
 Mode = Literal["train", "eval"]
+
+
+def forwards(model: nn.Module, batches: int) -> int:
+    """How many forwards `observe` makes of so many batches."""
+    each = 3 if any(_drops(module) for module in model.modules()) else 2
+    return each * batches + 2 * len(_MODES) + 1
 
 
 def observe(
@@ -128,10 +134,11 @@ class _Runs:
             if mode == "train" and isinstance(error, ValueError) and _ONE_VALUE in str(error):
                 self.refused.add(index)
                 return None
+            said = " ".join(str(error).split()) or "no message"
             raise DataError(
                 message(
                     f"check: batch {index + 1} in {mode} mode",
-                    got=f"{type(error).__name__}: {error}",
+                    got=f"{type(error).__name__}: {said if len(said) <= _SAID else said[:_SAID] + ' ...'}",
                     expected="a batch that the model takes",
                     fix="If it is called another way: forward=lambda model, batch: model(...).",
                 )
@@ -202,6 +209,7 @@ class _Runs:
 
 
 _MODES: tuple[Mode, Mode] = ("eval", "train")
+_SAID = 300  # characters of an error: PyTorch lists every signature of an operator where none fits
 # PyTorch's words and this package's.
 _ONE_VALUE = "more than 1 value per channel"
 

@@ -172,7 +172,10 @@ def judged(
         found += _joined(list(rule.find(evidence)))
     notes = []
     if not evidence.layers:
-        notes.append("there is no batch norm in it that knows its shape")
+        what = (
+            "batch norm with running statistics" if evidence.from_state else "batch norm that knows its shape"
+        )
+        notes.append(f"there is no {what} in it")
     if evidence.run.no_backward:
         notes.append(f"a backward pass could not be run: {evidence.run.no_backward}")
     if evidence.untraced:

@@ -22,6 +22,8 @@ OURS = "this package's layer"
 _LAYERS, _RUNS = 2, 5
 # Elements of an input: 16 MB in float32, larger than most second-level caches; a few ms each on two cores.
 _MOST = 1 << 22
+# Below, the time is that of the call, and on a busy machine of threads that wait for one another.
+_LEAST = 1 << 16
 
 _Ways = dict[str, tuple[_BatchNorm, Tensor]]
 
@@ -31,6 +33,7 @@ def timed(norms: Norms, seen: Mapping[str, Seen]) -> dict[str, Seen]:
     found = dict(seen)
     layers = dict(norms)
     able = [name for name, each in seen.items() if each.training and each.train and is_plain(layers[name])]
+    able = [name for name in able if torch.Size(seen[name].shape).numel() >= _LEAST]
     able.sort(key=lambda name: _cost(seen[name]), reverse=True)
     for name in able[:_LAYERS]:
         ways = _ways(layers[name], seen[name])

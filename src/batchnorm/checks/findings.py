@@ -85,7 +85,7 @@ class Findings(Reported):
         said = ", ".join(f"{n} {name}{'s' if n != 1 and name != 'info' else ''}" for n, name in counts if n)
         return (
             f"{said or 'nothing found'}: {self.layers} batch norm{'s' if self.layers != 1 else ''} looked at "
-            f"by {len(self.ran)} rules"
+            f"by {len(self.ran)} rule{'s' if len(self.ran) != 1 else ''}"
         )
 
     def fix(self, *, inplace: bool = False) -> Changes:

@@ -1,5 +1,6 @@
 """What a rule is, and the list of them all. A rule is one file in `rules/` whose docstring is its page."""
 
+import difflib
 import functools
 import importlib
 import inspect
@@ -73,12 +74,21 @@ def rule_named(code: str) -> Rule:
     """The rule of a code.
 
     Raises:
-        InputError: there is none.
+        InputError: there is none; the message names those whose codes are like it.
     """
-    rules = all_rules()
-    if code.upper() not in rules:
-        raise InputError(message("rule", got=repr(code), expected=f"one of {', '.join(rules)}"))
-    return rules[code.upper()]
+    rules, wanted = all_rules(), code.upper()
+    if wanted not in rules:
+        begun = [each for each in rules if wanted and each.startswith(wanted)]
+        close = begun or difflib.get_close_matches(wanted, rules, n=4, cutoff=0.6)
+        raise InputError(
+            message(
+                "rule",
+                got=repr(code),
+                expected=f"one of {', '.join(close)}" if close else "the code of a rule, such as BN101",
+                fix="`batchnorm rules` lists them.",
+            )
+        )
+    return rules[wanted]
 
 
 def chosen(select: Iterable[str] | None, ignore: Iterable[str] | None) -> dict[str, Rule]:

@@ -1,19 +1,50 @@
-"""Findings as a report."""
+"""Findings as a report, and rules as data."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from batchnorm.checks.finding import SEVERITIES, Finding, Severity
-from batchnorm.checks.rule import rule_named
+from batchnorm.checks.rule import Need, Rule, all_rules, rule_named
 from batchnorm.report import Block, Document, Paragraph, Section, Table, Tone, Verdict
 
-__all__ = ["document_of", "places"]
+__all__ = ["document_of", "needs", "places", "rule_as_dict", "rules_as_dicts", "told"]
 
 _TITLES: dict[Severity, str] = {
     "error": "Errors: results are wrong",
     "warning": "Warnings: training or accuracy suffers",
     "info": "Worth knowing",
 }
+_NEEDS: dict[Need, str] = {
+    "graph": "a traceable forward",
+    "batches": "batches",
+    "optimizer": "the optimizer",
+    "averaged": "the averaged model",
+    "world_size": "several processes",
+}
 _TONES: dict[Severity, Tone] = {"error": "bad", "warning": "bad", "info": "neutral"}
+
+
+def needs(rule: Rule) -> str:
+    """What a rule cannot do without; batches and the like come with a model."""
+    more = [words for need, words in _NEEDS.items() if need in rule.needs]
+    return ", ".join(more) or ("model" if "model" in rule.needs else "model or weights")
+
+
+def rule_as_dict(rule: Rule) -> dict[str, Any]:
+    """A rule and its page as plain data."""
+    return {
+        "code": rule.code,
+        "title": rule.title,
+        "severity": rule.severity,
+        "needs": sorted(rule.needs),
+        "reference": rule.reference,
+        "page": rule.page,
+    }
+
+
+def rules_as_dicts() -> list[dict[str, Any]]:
+    """All of them, in order."""
+    return [rule_as_dict(rule) for rule in all_rules().values()]
 
 
 def places(finding: Finding, most: int = 3) -> str:
@@ -21,6 +52,11 @@ def places(finding: Finding, most: int = 3) -> str:
     names = [finding.module or "the model", *finding.also]
     shown = ", ".join(names[:most])
     return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
+
+
+def told(finding: Finding) -> str:
+    """A finding in three lines."""
+    return f"{finding}\n  why: {finding.cause}\n  fix: {finding.fix}"
 
 
 def document_of(
@@ -50,10 +86,13 @@ def document_of(
 
 def _blocks(finding: Finding) -> list[Block]:
     rule = rule_named(finding.code)
+    kind = f"{finding.severity.capitalize()} {finding.code}"
+    # What was seen may be long; a page would fold it away in a verdict.
     blocks: list[Block] = [
-        Verdict(f"{finding.code}: {rule.title}", places(finding), finding.message, _TONES[finding.severity]),
-        Paragraph(finding.cause, lead="Why"),
-        Paragraph(finding.fix, lead="Fix"),
+        Verdict(kind, places(finding), rule.title, _TONES[finding.severity]),
+        Paragraph(finding.message, lead="Seen:"),
+        Paragraph(finding.cause, lead="Why:"),
+        Paragraph(finding.fix, lead="Fix:"),
     ]
     if finding.reference:
         blocks.append(Paragraph(finding.reference, small=True))

@@ -35,6 +35,7 @@ __all__ = [
     "guarded",
     "interrupted",
     "present",
+    "same_file",
     "stderr",
     "stdout",
     "users_code",
@@ -222,6 +223,13 @@ def check_page_target(page: Path, option: str, fix: str = "") -> None:
     from batchnorm.report import html
 
     html.check_available()
+
+
+def same_file(one: Path, other: Path) -> bool:
+    """Whether two paths lead to one file, through symbolic or hard links, too."""
+    if one.exists() and other.exists():
+        return one.samefile(other)
+    return one.resolve() == other.resolve()
 
 
 def check_json_target(target: str | None) -> None:

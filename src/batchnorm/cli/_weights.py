@@ -2,6 +2,7 @@
 
 import io
 import pickle
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from batchnorm._errors import DataError, InputError, ModelError, message
 from batchnorm._files import require, write_whole
 
-__all__ = ["check_format", "load_weights", "place", "save_weights"]
+__all__ = ["check_format", "load_weights", "place", "read_state", "save_weights"]
 
 # Under these keys training scripts keep the state dict beside other things.
 _KEYS = ("state_dict", "model_state_dict", "model")
@@ -51,34 +52,45 @@ def load_weights(model: nn.Module, path: Path) -> None:
     model.load_state_dict(state)
 
 
+def read_state(path: Path, option: str) -> dict[str, Any]:
+    """The state dict in a checkpoint, to look at: beside tensors it may hold anything, and lie among other things.
+
+    Raises:
+        DataError: a file that is not there, cannot be read safely, or holds no state dict.
+        MissingDependencyError: the format needs a package that is not installed.
+    """
+    loaded = _loaded(path, option, "Save model.state_dict(), or give the function that loads it.")
+    state = _state_in(loaded)
+    if state is None:
+        raise DataError(
+            message(
+                f"{option} {path}",
+                got=f"a {type(loaded).__name__} without tensors by name",
+                expected="a state dict, by itself or in a checkpoint",
+            )
+        )
+    return {key: value for key, value in state.items() if isinstance(key, str)}
+
+
+def _state_in(loaded: Any) -> Mapping[Any, Any] | None:
+    """Under one of the usual keys, as the whole, or under any key where there is a batch norm."""
+    if not isinstance(loaded, Mapping):
+        return None
+    inner = [value for value in (loaded.get(key) for key in _KEYS) if isinstance(value, Mapping)]
+    others = [value for value in loaded.values() if isinstance(value, Mapping) and _has_norms(value)]
+    return next((each for each in (*inner, loaded, *others) if _has_tensors(each)), None)
+
+
+def _has_tensors(state: Mapping[Any, Any]) -> bool:
+    return any(isinstance(value, Tensor) for value in state.values())
+
+
+def _has_norms(state: Mapping[Any, Any]) -> bool:
+    return any(str(key).endswith("running_mean") for key in state)
+
+
 def _read(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise DataError(message("--weights", got=f"{path}, no such file", expected="a file with weights"))
-    try:
-        if _is_safetensors(path):
-            loaded: Any = _safetensors().load(path.read_bytes())
-        else:
-            loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except ImportError:
-        raise
-    except pickle.UnpicklingError as error:
-        raise DataError(
-            message(
-                f"--weights {path}",
-                got="a file that holds more than tensors, which could run any code, or none of torch.save",
-                expected="a state dict saved by torch.save, or .safetensors",
-                fix="Save model.state_dict() instead of the model.",
-            )
-        ) from error
-    except Exception as error:  # each format has its own ways to be broken
-        text = " ".join(str(error).split())[:200]
-        raise DataError(
-            message(
-                f"--weights {path}",
-                got=f"{type(error).__name__} on reading it ({text})",
-                expected="a state dict saved by torch.save, or .safetensors",
-            )
-        ) from error
+    loaded = _loaded(path, "--weights", "Save model.state_dict() instead of the model.")
     if isinstance(loaded, Mapping) and not _is_state(loaded):
         loaded = next((loaded[key] for key in _KEYS if isinstance(loaded.get(key), Mapping)), loaded)
     if not isinstance(loaded, Mapping) or not _is_state(loaded):
@@ -90,6 +102,39 @@ def _read(path: Path) -> dict[str, Tensor]:
             )
         )
     return dict(loaded)
+
+
+def _loaded(path: Path, option: str, fix: str) -> Any:
+    """What a file holds, read without running code that it may hold; `fix` is for one that is not read."""
+    if not path.is_file():
+        got = f"{path}, a folder" if path.is_dir() else f"{path}, no such file"
+        raise DataError(message(option, got=got, expected="a file with weights"))
+    try:
+        if _is_safetensors(path):
+            return _safetensors().load(path.read_bytes())
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a scripted model, which then is an error
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except ImportError:
+        raise
+    except pickle.UnpicklingError as error:
+        raise DataError(
+            message(
+                f"{option} {path}",
+                got="a file that holds more than tensors, which could run any code, or none of torch.save",
+                expected="a state dict saved by torch.save, or .safetensors",
+                fix=fix,
+            )
+        ) from error
+    except Exception as error:  # each format has its own ways to be broken
+        text = " ".join(str(error).split())[:200]
+        raise DataError(
+            message(
+                f"{option} {path}",
+                got=f"{type(error).__name__} on reading it ({text})",
+                expected="a state dict saved by torch.save, or .safetensors",
+            )
+        ) from error
 
 
 def _unwrapped(state: dict[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:

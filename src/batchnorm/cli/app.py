@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 import batchnorm
-from batchnorm.cli import bench, compare, env, explain, fold, recalibrate
+from batchnorm.cli import bench, check, compare, env, explain, fold, recalibrate, rules
 
 __all__ = ["app"]
 
@@ -42,14 +42,12 @@ def options(
 
 
 app.command("bench", short_help="Time the layers against PyTorch's, and check both.")(bench.command)
+app.command("check", short_help="Look for what is wrong with a model's batch norms.")(check.command)
 app.command("compare", short_help="Train with and without batch norm, and compare.")(compare.command)
 app.command("env", short_help="Show versions, devices and backends.")(env.command)
-app.command(
-    "explain",
-    short_help="Explain batch norm, step by step.",
-    context_settings={"allow_extra_args": True},
-)(explain.command)
+app.command("explain", short_help="Explain batch norm step by step, or a rule of check.")(explain.command)
 app.command("recalibrate", short_help="Renew the running statistics of a model from data.")(
     recalibrate.command
 )
 app.command("fold", short_help="Fold batch norm into the layers beside it, in a model file.")(fold.command)
+app.command("rules", short_help="List the rules of check.")(rules.command)

@@ -1,4 +1,4 @@
-"""`batchnorm explain`: what batch norm does, step by step, on made-up runners or on the user's own numbers."""
+"""`batchnorm explain`: what batch norm does, step by step, on made-up runners or the user's own numbers; or a rule."""
 
 import sys
 from collections.abc import Iterable
@@ -21,6 +21,7 @@ from batchnorm.cli._output import (
     stdout,
     write_json,
 )
+from batchnorm.cli._rule_page import explain_rule
 from batchnorm.cli._table import as_number, read_table
 
 if TYPE_CHECKING:
@@ -34,6 +35,12 @@ _LAST = 9
 
 def command(
     context: typer.Context,
+    code: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[CODE]", help="A rule of `batchnorm check`, as BN101: what it means and what to do."
+        ),
+    ] = None,
     step: Annotated[
         int | None,
         typer.Option(
@@ -73,18 +80,31 @@ def command(
     """Explain batch norm: mean, variance, normalize, scale and shift.
 
     Made-up runners train on hot and cool days, and raw times hide who is
-    improving. Or give numbers of your own with --values or --csv.
+    improving. Or give numbers of your own with --values or --csv. With the
+    code of a rule it prints that rule's page.
     """
     with guarded(context):
-        _check(context.args, step, values, table, column, html, json)
+        if code is not None:
+            _check_alone(
+                {"--step": step, "--values": values, "--csv": table, "--column": column, "--html": html}
+            )
+            explain_rule(code, json)
+            return
+        _check(step, values, table, column, html, json)
         if values is not None or table is not None:
             _explain_trace(_own(values, table, column or []), step, pause, html, json)
         else:
             _explain_story(step, pause, html, json)
 
 
+def _check_alone(others: dict[str, object]) -> None:
+    """The page of a rule has no steps and no numbers."""
+    for option, value in others.items():
+        if value is not None:
+            raise InputError(message(option, got="the code of a rule as well", expected="one of them"))
+
+
 def _check(
-    extra: list[str],
     step: int | None,
     values: str | None,
     table: Path | None,
@@ -93,15 +113,6 @@ def _check(
     json: str | None,
 ) -> None:
     """Refuse what does not fit together, before any work."""
-    if extra:  # the parser lets it through: one day it may be the code of a rule
-        raise InputError(
-            message(
-                "batchnorm explain",
-                got=repr(extra[0]),
-                expected="options alone",
-                fix="There are no rules to explain yet.",
-            )
-        )
     if values is not None and table is not None:
         raise InputError(message("--values and --csv", got="both", expected="one of them"))
     if column and table is None:

@@ -12,6 +12,7 @@ from batchnorm.cli._output import (
     attempt_all,
     check_json_target,
     guarded,
+    same_file,
     stderr,
     stdout,
     users_code,
@@ -135,21 +136,14 @@ def _check_targets(source: str, suffix: str, output: Path, weights: Path | None,
     targets = [("-o", each) for each in written]
     if json not in (None, STDOUT):
         targets.append(("--json", Path(str(json))))
-        if any(_same(Path(str(json)), each) for each in written):
+        if any(same_file(Path(str(json)), each) for each in written):
             raise InputError(message("-o and --json", got="the same file", expected="a file for each"))
     for option, target in targets:
         for file in read:
-            if _same(file, target):
+            if same_file(file, target):
                 raise OutputError(
                     message(option, got=f"{target}, which is read", expected="another file than the input")
                 )
-
-
-def _same(one: Path, other: Path) -> bool:
-    """Whether two paths lead to one file, through symbolic or hard links, too."""
-    if one.exists() and other.exists():
-        return one.samefile(other)
-    return one.resolve() == other.resolve()
 
 
 def _fold(source: str, suffix: str, weights: Path | None, shapes: list[tuple[int, ...]]) -> "Changes":

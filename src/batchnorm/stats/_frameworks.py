@@ -176,7 +176,8 @@ def to_framework(
     Args:
         framework: a name from the table.
         state_dict: of one layer or of a whole model. What belongs to no batch norm is left out.
-        momentum, eps: those of the layers; momentum is the weight of the new batch.
+        momentum: that of the layers, the weight of the new batch.
+        eps: that of the layers.
         names: from the modules' names here to those of the layers there. Modules without an entry are left out. None
             keeps the names, "." replaced by "/".
         count: n, the values that a channel had in a training batch, to convert the unbiased variance into the biased

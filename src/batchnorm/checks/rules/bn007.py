@@ -73,4 +73,5 @@ def _dead(layer: Layer) -> Tensor:
     # (a variance of 0 over an eps of 0 is 0 here)
     spread = gamma * (var / (var + eps)).nan_to_num(0.0).sqrt()
     # Where all γ are 0, as residual branches start, none is below the largest.
-    return (var <= _CONSTANT * eps) | (spread < _DEAD * spread.nan_to_num(0, 0, 0).max())
+    dead = (var <= _CONSTANT * eps) | (spread < _DEAD * spread.nan_to_num(0, 0, 0).max())
+    return dead & var.isfinite()  # the others are BN001's

@@ -1,0 +1,123 @@
+"""Findings in words: for people in a terminal, and for the annotations of GitHub's workflows."""
+
+import io
+from collections import Counter
+from collections.abc import Mapping
+from itertools import groupby
+from typing import TYPE_CHECKING
+
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.text import Text
+
+from batchnorm.checks.rule import rule_named
+from batchnorm.checks.telling import places
+
+if TYPE_CHECKING:
+    from batchnorm.checks import Finding, Findings
+
+__all__ = ["SEVERITY_STYLES", "github", "render", "text", "unseen"]
+
+SEVERITY_STYLES = {"error": "bold red", "warning": "bold yellow", "info": "bold cyan"}
+_COMMANDS = {"error": "error", "warning": "warning", "info": "notice"}
+
+
+def render(findings: "Findings") -> RenderableType:
+    """The findings of each rule together, the worst first; then how many, and what was not looked at."""
+    parts: list[RenderableType] = []
+    for (severity, code), found in groupby(findings, key=lambda each: (each.severity, each.code)):
+        title = Text.assemble((severity, SEVERITY_STYLES[severity]), " ", (code, "bold"), ": ")
+        parts.append(title.append(rule_named(code).title))
+        for each in found:
+            parts += [_finding(each), Text()]
+    parts.append(Text(findings.summary, style=_summary_style(findings)))
+    last = [f"more about a rule: batchnorm explain {findings[0].code}"] if findings else []
+    last += [f"note: {note}" for note in findings.notes]
+    last += [f"not looked at: {unseen(findings.not_run)}"] if findings.not_run else []
+    parts.append(_Lines(*(("", line, "dim") for line in last)))
+    return Group(*parts)
+
+
+def _summary_style(findings: "Findings") -> str:
+    if findings:
+        return SEVERITY_STYLES[findings[0].severity]
+    return "bold green" if findings.layers else "bold yellow"
+
+
+def text(findings: "Findings") -> str:
+    """The same for a file: no colours, 100 columns."""
+    console = Console(file=io.StringIO(), width=100, color_system=None, highlight=False)
+    with console.capture() as captured:
+        console.print(render(findings))
+    return captured.get()
+
+
+class _Lines:
+    """Labelled lines, of which a long one goes on below itself."""
+
+    def __init__(self, *rows: tuple[str, str, str], indent: int = 0) -> None:
+        self.rows, self.indent = rows, indent
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        width = max(options.max_width - self.indent, 20)
+        for label, words, style in self.rows:
+            for number, line in enumerate(Text(words, style=style).wrap(console, width)):
+                line.rstrip()
+                start = "" if number else f"  {label}"
+                yield Text.assemble((start.ljust(self.indent)[: self.indent], "dim"), line)
+
+
+def _finding(finding: "Finding") -> _Lines:
+    return _Lines(
+        ("at", places(finding), "bold"),
+        ("seen", finding.message, ""),
+        ("why", finding.cause, ""),
+        ("fix", finding.fix, "green"),
+        indent=8,
+    )
+
+
+def unseen(not_run: Mapping[str, str]) -> str:
+    """How many rules lack what, in the words of the command line."""
+    counts = Counter(_needed(why) for why in not_run.values())
+    arguments = sorted({word for why in not_run.values() for word in why.split() if word.endswith("=")})
+    said = []
+    for need, number in counts.most_common():
+        what = (
+            f"{', '.join(each for each in arguments if each != _BATCHES)} {need}" if need == _PYTHON else need
+        )
+        said.append(f"{number} rule{'s that need' if number != 1 else ' that needs'} {what}")
+    return ", ".join(said)
+
+
+_BATCHES = "batches="
+_PYTHON = "(batchnorm.check in Python)"
+
+
+def _needed(why: str) -> str:
+    """What the command line would have to be given; what it has no option for, the function has."""
+    if "a model" in why:
+        return "a model (MODULE:FACTORY)"
+    if _BATCHES in why:
+        return "batches (--data)"
+    return _PYTHON if "=" in why else why
+
+
+def github(findings: "Findings") -> str:
+    """One annotation a finding, as GitHub's runners read them from a log."""
+    lines = []
+    for each in findings:
+        title = _escaped(f"{each.code} {rule_named(each.code).title}", _IN_TITLE)
+        text = f"{places(each)}: {each.message}. Why: {each.cause}. Fix: {each.fix}"
+        lines.append(f"::{_COMMANDS[each.severity]} title={title}::{_escaped(text, _IN_TEXT)}\n")
+    return "".join(lines)
+
+
+# The sign that begins a code comes first.
+_IN_TEXT = {"%": "%25", "\r": "%0D", "\n": "%0A"}
+_IN_TITLE = {**_IN_TEXT, ":": "%3A", ",": "%2C"}
+
+
+def _escaped(text: str, codes: Mapping[str, str]) -> str:
+    for sign, code in codes.items():
+        text = text.replace(sign, code)
+    return text
