@@ -97,6 +97,7 @@ def clock(monkeypatch: pytest.MonkeyPatch, spent: dict[tuple[bool, bool], list[f
         return next(runs[isinstance(layer, batchnorm.BatchNorm2d), last])
 
     monkeypatch.setattr(_timing, "_step", step)
+    monkeypatch.setattr(_timing, "_LEAST", 0)
 
 
 def model_of_one(norm: Any = nn.BatchNorm2d) -> nn.Sequential:
@@ -132,7 +133,18 @@ def test_a_difference_that_is_small_or_not_reproducible(monkeypatch: pytest.Monk
         assert found(model_of_one(), "BN109", batches=images()) == ()
 
 
-def test_layers_are_timed_with_their_own_shapes_and_the_costliest_alone() -> None:
+def test_small_layers_are_not_timed() -> None:
+    model = model_of_one()
+    seen = evidence(model, [torch.randn(4, 3, 73, 73)]).seen
+    assert timed(norms_of(model), seen)["0"].slow is None
+    seen = evidence(model, [torch.randn(4, 3, 74, 74)]).seen  # above 65,536
+    assert timed(norms_of(model), seen)["0"].slow is not None
+
+
+def test_layers_are_timed_with_their_own_shapes_and_the_costliest_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(_timing, "_LEAST", 0)
     model = nn.Sequential(*[nn.BatchNorm2d(3), nn.Conv2d(3, 2, 3), nn.BatchNorm2d(2), nn.MaxPool2d(4)])
     model.append(nn.BatchNorm2d(2))
     seen = timed(norms_of(model), evidence(model, images()).seen)

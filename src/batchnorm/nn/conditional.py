@@ -58,9 +58,17 @@ class ConditionalBatchNorm(Member):
     Args:
         num_features: C, the channels of the input.
         num_classes: K, how many classes have a γ and a β; None where the caller gives them.
-        eps, momentum, track_running_stats, device, dtype: as in `BatchNorm1d`.
+        eps: ε, added to the variance.
+        momentum: weight of the new batch in the running statistics.
+        track_running_stats: keep running statistics; without them eval uses the batch's, too.
+        device: where parameters and buffers live.
+        dtype: of parameters and buffers.
         bias: learn β for each class; without it β is 0. Only with `num_classes`.
-        activation, negative_slope, nonfinite, single, backend: as in `BatchNorm1d`.
+        activation: as in `BatchNorm1d`.
+        negative_slope: as in `BatchNorm1d`.
+        nonfinite: as in `BatchNorm1d`.
+        single: as in `BatchNorm1d`.
+        backend: as in `BatchNorm1d`.
 
     Shape:
         input and `residual`: (N, C, *S). `condition`: (N,), integers from 0 to K − 1; or γ and β, both (N, C). `mask`:

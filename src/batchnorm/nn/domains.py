@@ -50,12 +50,22 @@ class DomainBatchNorm(Unscriptable, Module):
     Args:
         num_features: C, the channels of the input.
         domains: their names.
-        eps, momentum, affine, track_running_stats, device, dtype: as in `BatchNorm1d`, for each domain.
+        eps: ε, added to the variance.
+        momentum: weight of the new batch in the running statistics of its domain.
+        affine: learn γ and β.
+        track_running_stats: keep running statistics, for each domain.
+        device: where parameters and buffers live.
+        dtype: of parameters and buffers.
         shared_affine: one γ and one β for all domains, the very same parameters. With its own for each (as in both
             papers), the parameters of a domain that a step does not call get no gradient in it: DistributedDataParallel
             then wants `find_unused_parameters=True`.
         default: the domain of calls that nothing else gives one, for example "clean" when the network is used.
-        activation, negative_slope, nonfinite, single, backend, bias: as in `BatchNorm1d`.
+        bias: learn β; without it β is 0.
+        activation: as in `BatchNorm1d`.
+        negative_slope: as in `BatchNorm1d`.
+        nonfinite: as in `BatchNorm1d`.
+        single: as in `BatchNorm1d`.
+        backend: as in `BatchNorm1d`.
 
     Shape:
         input and `residual`: (N, C, *S). `mask`: (N, *S), or what broadcasts to it. Output: the input's.
