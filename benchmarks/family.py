@@ -166,15 +166,12 @@ def draw(runs: list[pages.Run], path: Path) -> None:
     mpl.rcParams["svg.hashsalt"] = "family"  # the same file from the same results
     mpl.rcParams["svg.fonttype"] = "none"
     figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(11, 3.6), layout="constrained")
+    right.sharey(left)
     colours = dict(zip(NAMES, ("#6b7280", "#d97706", "#2563eb", "#059669"), strict=True))
-    for kind, name in NAMES.items():
-        plot(
-            left,
-            SAMPLES,
-            [[run["split"][kind][str(n)] for run in runs] for n in SAMPLES],
-            colours[kind],
-            name,
-        )
+    for axes, order in ((left, "random"), (middle, "sorted")):
+        for kind, name in NAMES.items():
+            values = [[run[order][kind][str(n)] for run in runs] for n in SAMPLES]
+            plot(axes, SAMPLES, values, colours[kind], name)
     sizes = GHOSTS[::-1]
     cut = [[run["cut"][str(size)] for run in runs] for size in sizes]
     plot(right, sizes, cut, colours["ghost"], "")
@@ -193,7 +190,6 @@ def draw(runs: list[pages.Run], path: Path) -> None:
     left.set_title(f"{PROCESSES} processes, samples at random", fontsize=10)
     middle.set_title(f"{PROCESSES} processes, each one class a step", fontsize=10)
     right.set_title(f"one process, {BATCH} samples in ghosts", fontsize=10)
-    right.sharey(left)
     left.legend(frameon=False, fontsize=8, loc="lower right")
     figure.savefig(path, metadata={"Date": None, "Creator": None})
     pyplot.close(figure)
