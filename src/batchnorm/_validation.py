@@ -111,8 +111,10 @@ def check_per_channel(input: Tensor, same_dtype: bool, **per_channel: Tensor | N
             )
 
 
-def is_single(input: Tensor) -> bool:
+def is_single(input: Tensor, policy: ops.Policy | None = None) -> bool:
     """Whether there is one value per channel. The first question costs a quarter of the last, and is seldom yes."""
+    if policy is not None:
+        return policy.local and not ops.is_jit_tracing() and policy.is_single(input.shape)
     return (
         input.numel() == input.shape[1]
         and not ops.is_jit_tracing()

@@ -69,7 +69,8 @@ def batch_norm(
         inplace: write y into the memory of `input` and return it; for inference alone: eval mode, without a gradient.
         single: what to do in training with one value per channel, which has no variance: "error" is PyTorch's rule;
             "running" normalizes by the running statistics and leaves them alone; "zero" takes the variance for 0, so
-            that x̂ is 0, and running_var stays.
+            that x̂ is 0; running_mean and the counter move, and running_var stays. It goes by the shape: a mask that
+            leaves one value has a variance of 0.
         backend: None for the best one, or a name; `explain_backend` lists them.
 
     Returns:
@@ -161,7 +162,7 @@ def layer_batch_norm(
     check_input(input, dimensions)
     activation_named(activation)
     check_statistics(running_mean, running_var, training, eps)
-    if training and mask is None and (policy is None or policy.local) and is_single(input):
+    if training and mask is None and is_single(input, policy):
         training = train_single(input, running_mean, single)
     if mask is not None:
         mask = expand_mask(input, mask)

@@ -136,15 +136,29 @@ def test_a_mask_weighs_the_ghosts_in_the_running_statistics() -> None:
     torch.testing.assert_close(layer.running_var, plain.running_var, **TIGHT)
 
 
-@pytest.mark.parametrize(("size", "samples", "sizes"), [(4, 9, [4, 5]), (4, 5, [5]), (1, 4, [1, 1, 1, 1])])
+@pytest.mark.parametrize(("size", "samples", "sizes"), [(4, 9, [4, 5]), (4, 5, [5]), (2, 3, [3])])
 def test_a_rest_of_one_value_joins_the_ghost_before_it(size: int, samples: int, sizes: list[int]) -> None:
     layer = made(ghost_size=size)
     x = torch.randn(samples, 3, dtype=torch.float64)
-    if size == 1:
-        # Every ghost is one value: x̂ = 0 everywhere, as one value's mean is the value.
-        torch.testing.assert_close(layer(x), layer.bias.expand_as(x), **TIGHT)
-        return
     torch.testing.assert_close(layer(x), by_hand(layer, x, sizes, None), **TIGHT)
+
+
+@pytest.mark.parametrize(
+    ("cut", "samples"), [({"ghost_size": 1}, 8), ({"splits": 8}, 8), ({"splits": 8}, 5), ({"splits": 2}, 1)]
+)
+def test_ghosts_of_one_value_follow_the_rule_for_single_values(cut: dict[str, int], samples: int) -> None:
+    x = torch.randn(samples, 3, dtype=torch.float64)
+    with pytest.raises(InputError, match="more than 1 value per channel"):
+        made(**cut)(x)
+    running = made(single="running", **cut)
+    running.running_mean.uniform_(-1, 1)
+    mean = running.running_mean.clone()
+    torch.testing.assert_close(running(x), running.eval()(x), **TIGHT)
+    assert torch.equal(running.running_mean, mean)
+    zero = made(single="zero", **cut)
+    torch.testing.assert_close(zero(x), zero.bias.expand_as(x), **TIGHT)
+    wide = torch.randn(samples, 3, 2, dtype=torch.float64)  # two positions: two values
+    assert made(**cut)(wide).isfinite().all()
 
 
 def test_eval_is_plain_batch_norm() -> None:

@@ -192,3 +192,16 @@ def test_bad_options(options: dict[str, object], error: type[Exception]) -> None
 def test_the_text_names_the_bounds() -> None:
     assert "r_max=3, d_max=5, warmup=100" in repr(BatchRenorm(3, r_max=3, d_max=5, warmup=100))
     assert "r_max=1 at batch 5000 to 3 at batch 40000" in repr(BatchRenorm(3))
+
+
+def test_bounds_may_be_set_during_training() -> None:
+    layer = made(r_max=3, d_max=5)
+    assert (layer.r_max, layer.d_max) == (3, 5)
+    layer.r_max, layer.d_max = 1.5, [(0, 0.5)]
+    x = torch.randn(16, 3, dtype=torch.float64) * 9
+    wanted = by_hand(layer, x, 1.5, 0.5)
+    torch.testing.assert_close(layer(x), wanted, **TIGHT)
+    assert "r_max=1.5, d_max=0.5" in repr(layer)
+    layer.r_max = 0.5
+    with pytest.raises(InputError, match="r_max"):
+        layer(x)

@@ -1,12 +1,11 @@
 """GhostBatchNorm: statistics of small parts of a large batch."""
 
-from typing import Unpack
-
 import torch
 
 from batchnorm import ops
 from batchnorm._errors import InputError, InputTypeError, message
-from batchnorm.nn.batch_norm import Options
+from batchnorm._validation import Single
+from batchnorm.nn.batch_norm import NonFinite
 from batchnorm.nn.families import Family, register
 from batchnorm.nn.member import Member
 from batchnorm.policies.ghost import Ghosts
@@ -41,14 +40,20 @@ class GhostBatchNorm(Member):
         dtype: of parameters and buffers.
         ghost_size: samples of a ghost; 32 where neither it nor `splits` is given.
         splits: the number of ghosts, instead of their size.
-        options: `activation`, `negative_slope`, `nonfinite`, `single`, `backend`, `bias`, as in `BatchNorm1d`.
+        bias: learn β; without it β is 0.
+        activation: None, "relu", "relu6", "leaky_relu", "silu", "hardswish" or "gelu".
+        negative_slope: slope of leaky_relu below 0.
+        nonfinite: as in `BatchNorm1d`.
+        single: what training does with one value per channel, in the batch or in every ghost, as in `BatchNorm1d`.
+        backend: None for the best one, or one that `batchnorm.explain_backend` lists.
 
     Shape:
         input and `residual`: (N, C) or (N, C, *S), S of any number of axes. `mask`: (N, *S), or what broadcasts to it.
         Output: the input's.
 
     Raises:
-        InputError: `ghost_size` or `splits` below 1, or both; and what `BatchNorm1d` raises.
+        InputError: `ghost_size` or `splits` below 1, or both; ghosts of one value per channel, unless `single` says
+            what to do with them; and what `BatchNorm1d` raises.
         InputTypeError: they are no integers; and what `BatchNorm1d` raises.
 
     Source:
@@ -75,9 +80,28 @@ class GhostBatchNorm(Member):
         *,
         ghost_size: int | None = None,
         splits: int | None = None,
-        **options: Unpack[Options],
+        bias: bool = True,
+        activation: str | None = None,
+        negative_slope: float = 0.01,
+        nonfinite: NonFinite = "propagate",
+        single: Single = "error",
+        backend: str | None = None,
     ) -> None:
-        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, **options)
+        super().__init__(
+            num_features,
+            eps,
+            momentum,
+            affine,
+            track_running_stats,
+            device,
+            dtype,
+            bias=bias,
+            activation=activation,
+            negative_slope=negative_slope,
+            nonfinite=nonfinite,
+            single=single,
+            backend=backend,
+        )
         if ghost_size is not None and splits is not None:
             raise InputError(
                 message(

@@ -3,13 +3,13 @@
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Unpack
 
 import torch
 
 from batchnorm import ops
 from batchnorm._errors import InputError, InputTypeError, message
-from batchnorm.nn.batch_norm import Options
+from batchnorm._validation import Single
+from batchnorm.nn.batch_norm import NonFinite
 from batchnorm.nn.families import Family, register
 from batchnorm.nn.member import Member
 from batchnorm.policies.renorm import Knots, Renorm
@@ -47,7 +47,12 @@ class BatchRenorm(Member):
         d_max: how far the mean may be corrected, in σ, at least 0; a number or pairs, as `r_max`.
         warmup: so many batches are plain batch norm, whatever the bounds say. Batches are counted by
             `num_batches_tracked`, which a state dict brings along.
-        options: `activation`, `negative_slope`, `nonfinite`, `single`, `backend`, `bias`, as in `BatchNorm1d`.
+        bias: learn β; without it β is 0.
+        activation: None, "relu", "relu6", "leaky_relu", "silu", "hardswish" or "gelu".
+        negative_slope: slope of leaky_relu below 0.
+        nonfinite: as in `BatchNorm1d`.
+        single: what training does with one value per channel, as in `BatchNorm1d`.
+        backend: None for the best one, or one that `batchnorm.explain_backend` lists.
 
     Shape:
         input and `residual`: (N, C) or (N, C, *S), S of any number of axes. `mask`: (N, *S), or what broadcasts to it.
@@ -83,9 +88,28 @@ class BatchRenorm(Member):
         r_max: Bound = ((5_000, 1.0), (40_000, 3.0)),
         d_max: Bound = ((5_000, 0.0), (25_000, 5.0)),
         warmup: int = 0,
-        **options: Unpack[Options],
+        bias: bool = True,
+        activation: str | None = None,
+        negative_slope: float = 0.01,
+        nonfinite: NonFinite = "propagate",
+        single: Single = "error",
+        backend: str | None = None,
     ) -> None:
-        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, **options)
+        super().__init__(
+            num_features,
+            eps,
+            momentum,
+            affine,
+            track_running_stats,
+            device,
+            dtype,
+            bias=bias,
+            activation=activation,
+            negative_slope=negative_slope,
+            nonfinite=nonfinite,
+            single=single,
+            backend=backend,
+        )
         if not track_running_stats:
             raise InputError(
                 message(
@@ -100,9 +124,13 @@ class BatchRenorm(Member):
             )
         if warmup < 0:
             raise InputError(message("BatchRenorm: warmup", got=warmup, expected="at least 0"))
-        self.r_max = _knots("r_max", r_max, 1.0)
-        self.d_max = _knots("d_max", d_max, 0.0)
+        self.r_max, self.d_max = r_max, d_max
+        self._bounds()
         self.warmup = warmup
+
+    def _bounds(self) -> tuple[Knots, Knots]:
+        """The bounds as they are now, checked: they may be set to others during training."""
+        return _knots("r_max", self.r_max, 1.0), _knots("d_max", self.d_max, 0.0)
 
     def _policy(self) -> ops.Policy | None:
         mean, var, tracked = self.running_mean, self.running_var, self.num_batches_tracked
@@ -114,12 +142,13 @@ class BatchRenorm(Member):
                     expected="running_mean, running_var and num_batches_tracked, as it was made with",
                 )
             )
-        return Renorm(mean, var, tracked, self.r_max, self.d_max, self.warmup)
+        return Renorm(mean, var, tracked, *self._bounds(), self.warmup)
 
     def extra_repr(self) -> str:
         """The batch norm's text, and the bounds."""
+        r_max, d_max = map(_short, self._bounds())
         return (
-            f"{super().extra_repr()}, r_max={_short(self.r_max)}, d_max={_short(self.d_max)}"
+            f"{super().extra_repr()}, r_max={r_max}, d_max={d_max}"
             f"{f', warmup={self.warmup}' if self.warmup else ''}"
         )
 
@@ -132,7 +161,7 @@ def _short(knots: Knots) -> str:
 
 def _knots(name: str, bound: Bound, least: float) -> Knots:
     """A number or pairs, checked, as pairs."""
-    expected = f"a number of at least {least:g}, or pairs (batch, number) with rising batches"
+    expected = f"a number of at least {least:g}, or a list of pairs (batch, number) with rising batches"
     pairs: Sequence[tuple[int, float]] = [(0, bound)] if isinstance(bound, int | float) else bound
     try:
         knots = tuple((int(step), float(value)) for step, value in pairs)

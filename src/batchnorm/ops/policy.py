@@ -63,6 +63,10 @@ class Policy:
         """How an input of this shape is cut: (samples, groups) one after another, groups of equal size within each."""
         return ((shape[0], 1),)
 
+    def is_single(self, shape: torch.Size) -> bool:
+        """Whether statistics are taken of one value per channel."""
+        return shape[0] * shape[2:].numel() == 1
+
     def statistics(self, mean: Tensor, m2: Tensor, count: Tensor) -> Statistics:
         """What the input is normalized by, from what it holds: mean and m2 (G, C), count (G, 1)."""
         return Statistics(mean, m2 / torch.where(count > 0, count, 1.0), count)

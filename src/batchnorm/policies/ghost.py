@@ -29,3 +29,7 @@ class Ghosts(Policy):
             full, rest = full - 1, rest + size
         whole = ((full * size, full),) if full else ()
         return (*whole, (rest, 1)) if rest else whole
+
+    def is_single(self, shape: torch.Size) -> bool:
+        """Whether every ghost is one value: a rest of one would have joined another."""
+        return shape[2:].numel() == 1 and any(samples == groups for samples, groups in self.parts(shape))
