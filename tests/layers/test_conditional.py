@@ -220,7 +220,7 @@ def test_condition_from_a_block() -> None:
         with pytest.raises(ZeroDivisionError), batchnorm.condition(others, net):
             torch.testing.assert_close(net(x), layer(net[0](x), others).relu())
             raise ZeroDivisionError
-        with batchnorm.condition(others, nn.Linear(1, 1)), batchnorm.domain("clean"):
+        with batchnorm.condition(others, layer_of(dtype=torch.float32)), batchnorm.domain("clean"):
             torch.testing.assert_close(net(x), layer(net[0](x), labels).relu())
         told = []
 

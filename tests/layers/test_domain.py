@@ -130,7 +130,7 @@ def test_the_innermost_says_it_and_the_argument_before_all() -> None:
             assert reached() == "b"
             raise ZeroDivisionError
         assert reached() == "a"
-        with batchnorm.domain("b", nn.Linear(1, 1)):
+        with batchnorm.domain("b", batchnorm.DomainBatchNorm(2, ("a", "b"))):
             assert reached() == "a"
         with batchnorm.domain("b", net):
             assert reached() == "b"
@@ -390,3 +390,16 @@ def test_inplace_and_what_it_says_of_itself() -> None:
     assert y.data_ptr() == x.data_ptr()
     torch.testing.assert_close(y, expected)
     assert "2, domains=('a', 'b'), shared_affine=True, default='a'" in repr(layer)
+
+
+def test_a_domain_in_the_place_of_the_residual() -> None:
+    layer = batchnorm.DomainBatchNorm(2, ("a", "b"), default="a")
+    with pytest.raises(batchnorm.InputTypeError, match=r"layer\(input, domain='b'\)"):
+        layer(torch.randn(4, 2), "b")  # type: ignore[arg-type]
+
+
+def test_a_block_for_a_model_without_such_layers() -> None:
+    with pytest.raises(batchnorm.InputError, match="a Linear without a DomainBatchNorm"):
+        batchnorm.domain("a", torch.nn.Linear(2, 2))
+    with pytest.raises(batchnorm.InputError, match="without a ConditionalBatchNorm"):
+        batchnorm.condition(torch.zeros(2).long(), torch.nn.Linear(2, 2))

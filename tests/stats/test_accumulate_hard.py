@@ -283,3 +283,18 @@ def test_loading_between_forwards_is_the_users_own_business() -> None:
         layer.load_state_dict(other.state_dict())
         layer(x)
     same(layer, expected)
+
+
+def test_what_has_no_statistics_of_batches_is_passed_over_and_what_moves_them_itself_refused() -> None:
+    virtual = batchnorm.VirtualBatchNorm(3)
+    with batchnorm.reference_batch(virtual):
+        virtual(torch.randn(8, 3))
+    net = nn.Sequential(virtual, batchnorm.BatchNorm1d(3))
+    before = virtual.running_mean.clone()
+    with batchnorm.accumulate(net, 2):
+        for x in parts((6, 3), (6, 4)):
+            net(x)
+    assert net[1].num_batches_tracked == 1
+    assert torch.equal(virtual.running_mean, before)
+    with pytest.raises(batchnorm.ModelError, match="It moves its statistics itself"):
+        batchnorm.accumulate(nn.Sequential(batchnorm.WhitenedBatchNorm(4), net[1]), 2)

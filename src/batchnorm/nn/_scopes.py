@@ -5,7 +5,7 @@ from typing import Any
 
 from torch.nn import Module
 
-from batchnorm._errors import InputTypeError, message
+from batchnorm._errors import InputError, InputTypeError, message
 
 __all__ = ["Scope", "Told"]
 
@@ -47,6 +47,14 @@ class Told:
                 )
             )
         reached = None if model is None else tuple(each for each in model.modules() if isinstance(each, kind))
+        if reached == ():
+            raise InputError(
+                message(
+                    f"{self._name}: model",
+                    got=f"a {type(model).__name__} without a {kind.__name__}",
+                    expected="a model with such layers, or None for all",
+                )
+            )
         return Scope(self._open, value, reached)
 
 

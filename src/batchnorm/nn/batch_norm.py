@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypedDict
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from batchnorm._validation import SINGLE, Single
 from batchnorm.functional import layer_batch_norm
 from batchnorm.nn._unscriptable import Unscriptable
 
-__all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "Extras", "Memory", "NonFinite", "Options", "Sized"]
+__all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "Extras", "Memory", "NonFinite", "Sized"]
 
 # torch.fx looks the wrapped function up in the module that calls it.
 torch.fx.wrap("layer_batch_norm")
@@ -27,17 +27,6 @@ else:
 
 NonFinite = Literal["propagate", "skip"]
 Memory = Literal["keep", "recompute"]
-
-
-class Options(TypedDict, total=False):
-    """The keyword arguments that every layer has beyond its own; `BatchNorm1d` says what each does."""
-
-    bias: bool
-    activation: str | None
-    negative_slope: float
-    nonfinite: NonFinite
-    single: Single
-    backend: str | None
 
 
 def _own(held: Mapping[str, Tensor | None], name: str, module: Module) -> Tensor | None:

@@ -176,6 +176,15 @@ class DomainBatchNorm(Unscriptable, Module):
         inplace: bool = False,
     ) -> Tensor:
         """y = act(batch norm of the domain(input) + residual); see the class, and `BatchNorm1d` for `inplace`."""
+        if isinstance(residual, str):
+            raise InputTypeError(
+                message(
+                    "DomainBatchNorm: residual",
+                    got=f"the text {residual!r}",
+                    expected="a torch.Tensor",
+                    fix=f"Name the domain: layer(input, domain={residual!r}).",
+                )
+            )
         if domain is None:
             domain = _TOLD.by(self)
         layer = self._layer(self.default if domain is None else domain)

@@ -26,10 +26,11 @@ class SyncBatchNorm(Member):
     and so are the running statistics; the gradient goes through them to every process. In eval nothing is exchanged.
     Without `torch.distributed`, before `init_process_group`, and in a group of one process it is plain batch norm.
 
-    For training with a few samples per process, whose statistics would be noise: detection, segmentation, video, large
-    models. Wrong to use where each process has some dozens of values per channel already: each layer then waits for
-    the slowest process twice a step, and gains nothing. Works on every backend and device of torch.distributed, gloo
-    on a CPU included, and under DistributedDataParallel. (`torch.nn.SyncBatchNorm` needs a GPU.)
+    For training with a few samples per process, whose statistics would be noise: detection, segmentation, video,
+    large models. Wrong to use where each process has some dozens of samples already: each layer then waits for the
+    slowest process twice a step, and gains nothing. (The positions of one image are alike; it is samples that count.)
+    Works on every backend and device of torch.distributed, gloo on a CPU included, and under DistributedDataParallel.
+    (`torch.nn.SyncBatchNorm` needs a GPU.)
 
     The exchange is one collective forward and one backward a layer, without waiting for the device: mean, m2 = Σ(x −
     mean)² and count in float64, whatever the input's dtype, merged by Chan's formula in the order of the ranks. So the
@@ -40,7 +41,8 @@ class SyncBatchNorm(Member):
 
     The gradients of γ and β are those of the process's own part, as everywhere; DistributedDataParallel averages them.
     Second derivatives and function transforms (`torch.func`) are refused. Where a process calls its layers in another
-    order than the rest, or in eval mode, everyone waits: `batchnorm.check_sync` tells who and where.
+    order than the rest, or in eval mode, everyone waits, or takes the numbers of another layer of the same width:
+    run the first steps of a training in `batchnorm.check_sync`, which tells who and where.
 
     Args:
         num_features: C, the channels of the input.

@@ -29,10 +29,10 @@ def check_sync(model: nn.Module, timeout: float = 30.0) -> Iterator[None]:
 
     Inside the `with` block each `SyncBatchNorm` of the model tells the other processes its name before it exchanges
     anything with them, forward and backward, and waits for theirs. Where they differ, or one does not come in time,
-    every process gets an error with ranks and layers: a process in eval mode, layers called in another order, a batch
-    that only some have, an exception in one process. For finding a hang, and wrong to leave on: an exchange costs
-    several messages over the store of torch.distributed more, and a wait on the host. Outside the block nothing is
-    left of it, in the layers neither.
+    every process that waits at a layer gets an error with ranks and layers: a process in eval mode, layers called in
+    another order, a batch that only some have, an exception in one process. For finding a hang, and wrong to leave
+    on: an exchange costs several messages over the store of torch.distributed more, and a wait on the host. Outside
+    the block nothing is left of it, in the layers neither.
 
     All processes enter the block, equally often. In eval mode a layer waits for nobody, so one process may evaluate
     alone. Without torch.distributed there is nothing to check. Run the model uncompiled.

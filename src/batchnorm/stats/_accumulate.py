@@ -14,6 +14,7 @@ from batchnorm._walk import walk
 from batchnorm.nn.batch_norm import Extras
 from batchnorm.nn.conditional import ConditionalBatchNorm
 from batchnorm.nn.frozen import Frozen
+from batchnorm.nn.virtual import VirtualBatchNorm
 from batchnorm.stats._held_layer import HeldLayer
 from batchnorm.stats._moments import Moments
 from batchnorm.stats._targets import bare, refuse_lazy
@@ -182,7 +183,7 @@ def _no_part() -> Accumulation:
 
 
 def accumulate(model: nn.Module, k: int) -> Accumulation:
-    r"""Gradient accumulation whose running statistics are those of the whole batch: a `with` block around the loop.
+    r"""Gradient accumulation with one step of the running statistics for all of them: a `with` block for the loop.
 
     $$\mu = \sum_i \frac{n_i}{n}\,\mu_i, \qquad
     \sigma^2 = \frac{1}{n-1}\sum_i \left(m_{2,i} + n_i\,(\mu_i - \mu)^2\right), \qquad
@@ -195,8 +196,9 @@ def accumulate(model: nn.Module, k: int) -> Accumulation:
     applied as the smaller batch that it is; `apply()` does so earlier, as at the end of an epoch.
 
     Each micro-batch is still normalized by its own statistics. Output and gradients are therefore those of ghost
-    batches, not of the whole batch: the running statistics alone are. (No accumulation can change that, as the whole
-    batch is not there when the first part of it is normalized.)
+    batches, not of the whole batch. The running statistics are exactly those of all that a layer saw: of the whole
+    batch, in a layer with no other batch norm before it; behind one, of what its ghosts made of it. (No accumulation
+    can change that, as the whole batch is not there when the first part of it is normalized.)
 
     A micro-batch is one forward of `model` in which a batch norm was trained. A layer that is called twice in a forward
     makes two steps, as it would with the whole batch. Forwards in eval mode, frozen layers and forwards that are
@@ -274,13 +276,17 @@ def _layers(model: nn.Module) -> list[HeldLayer]:
         mean, var = module._buffers.get("running_mean"), module._buffers.get("running_var")
         if isinstance(module, _BatchNorm) and mean is not None and var is not None and _is_plain(module):
             found.append(HeldLayer(spot.name, module, mean, var))
+        elif isinstance(module, VirtualBatchNorm):
+            continue  # its statistics are those of a reference batch, which training does not move
         elif module._buffers.get("num_batches_tracked") is not None:
             raise ModelError(
                 message(
                     f"accumulate: {spot.name or 'the model'}",
                     got=f"a {type(module).__name__}, whose forward is its own",
                     expected="batch norms of this package, or PyTorch's BatchNorm1d, 2d and 3d",
-                    fix="Convert it: batchnorm.convert(model, 'batchnorm').",
+                    fix="Convert it: batchnorm.convert(model, 'batchnorm')."
+                    if isinstance(module, _BatchNorm)
+                    else "It moves its statistics itself, with every micro-batch.",
                 )
             )
     if not found:
