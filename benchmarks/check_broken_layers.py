@@ -114,20 +114,27 @@ def air_pressure(count: int = 2048, steps: int = 24) -> Data:
     return 101325 + walk, (walk[:, 0, -1] > 0).long()
 
 
-
 @broken
 def one_pass_variance() -> Broken:
-    """1-d conv net on air pressure in pascals: statistics set by a loop of one's own, E[x²] - E[x]² in float32"""
-    x, y = air_pressure()
-    model = nn.Sequential(nn.BatchNorm1d(1), Sequences(1, 2))
+    """1-d conv net on air pressure of 16 stations in pascals: statistics set by E[x²] - E[x]² in float32"""
+    x, y = stations()
+    model = nn.Sequential(nn.BatchNorm1d(16), Sequences(16, 2))
     fit(model, loader((x, y)), 60)
-    total = square = torch.zeros(())
+    total, square = torch.zeros(16), torch.zeros(16)
     for part in x.split(64):
-        total, square = total + part.sum(), square + part.square().sum()
-    mean = total / x.numel()
-    model[0].running_mean.fill_(mean)
-    model[0].running_var.fill_(square / x.numel() - mean**2)
+        total, square = total + part.sum((0, 2)), square + part.square().sum((0, 2))
+    count = x[:, 0].numel()
+    model[0].running_mean.copy_(total / count)
+    model[0].running_var.copy_(square / count - (total / count).square())
     return Broken(model.eval(), {"BN002": "0"}, follows=("BN101",))
+
+
+def stations() -> Data:
+    """Sixteen of them, at heights of their own."""
+    x, y = air_pressure()
+    random = torch.Generator().manual_seed(1)
+    heights = 500 * torch.randn(1, 16, 1, generator=random)
+    return x - heights + 3 * torch.randn(len(x), 16, x.shape[2], generator=random), y
 
 
 # BN003: half precision
@@ -311,7 +318,9 @@ def half_in_eval_mode() -> Broken:
 @broken
 def dropout_at_test_time() -> Broken:
     """1-d conv net in eval mode, a part set to train() for its dropout"""
-    model = nn.Sequential(Sequences(1, 16), nn.Sequential(nn.BatchNorm1d(16), nn.Dropout(0.3)), nn.Linear(16, 2))
+    model = nn.Sequential(
+        Sequences(1, 16), nn.Sequential(nn.BatchNorm1d(16), nn.Dropout(0.3)), nn.Linear(16, 2)
+    )
     fit(model, loader(tuple_of_walks()))
     model.eval()
     model[1].train()

@@ -314,7 +314,7 @@ def sorted_digits() -> Broken:
     model = Residual()
     fit(model, loader(data, shuffle=False), 112)
     spread = itertools.islice(loader(data, shuffle=False), 0, None, 7)
-    return Broken(model, {"BN107": None, "BN101": None}, {"batches": list(spread)})
+    return Broken(model, {"BN107": None}, {"batches": list(spread)}, follows=("BN101",))
 
 
 @broken
@@ -324,7 +324,10 @@ def sorted_table() -> Broken:
     model = mlp(13, 3)
     fit(model, loader(data, 16, shuffle=False), 110, lr=0.02)
     return Broken(
-        model, {"BN107": None}, {"batches": loader(data, 16, shuffle=False), "max_batches": 11}, follows=("BN101",)
+        model,
+        {"BN107": None},
+        {"batches": loader(data, 16, shuffle=False), "max_batches": 11},
+        follows=("BN101",),
     )
 
 
@@ -350,5 +353,3 @@ def one_writer_a_batch() -> Broken:
     batches = loader((clean + 0.1 * torch.randn_like(clean), clean), shuffle=False)
     fit(model, batches, 110, loss=F.mse_loss)
     return Broken(model, {"BN107": "down.1"}, {"batches": batches}, follows=("BN101",))
-
-

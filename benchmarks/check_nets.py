@@ -280,21 +280,22 @@ class Gan(nn.Module):
 
 
 class Pyramid(nn.Module):
-    """Features at three scales, and one head for all of them."""
+    """Features at three scales, brought to one width without a norm, and one head for all of them."""
 
     def __init__(self, norm: Norm = nn.BatchNorm2d) -> None:
         super().__init__()
-        widths = (1, 12, 12, 12)
+        widths = (1, 8, 16, 32)
         self.levels = nn.ModuleList(
             nn.Sequential(nn.Conv2d(width, wider, 3, padding=1, bias=False), norm(wider), nn.ReLU())
             for width, wider in itertools.pairwise(widths)
         )
+        self.across = nn.ModuleList(nn.Conv2d(width, 12, 1) for width in widths[1:])
         self.head = nn.Sequential(nn.Conv2d(12, 16, 3, padding=1, bias=False), norm(16), nn.ReLU())
         self.out = nn.Linear(16, 10)
 
     def forward(self, x: Tensor) -> Tensor:
         found = []
-        for number, level in enumerate(self.levels):
+        for number, (level, across) in enumerate(zip(self.levels, self.across, strict=True)):
             x = level(F.max_pool2d(x, 2) if number else x)
-            found.append(self.head(x).mean((2, 3)))
+            found.append(self.head(across(x)).mean((2, 3)))
         return self.out(torch.stack(found).sum(0))

@@ -94,7 +94,7 @@ def BN101(self: Rule, evidence: Evidence) -> Iterator[Finding]:  # noqa: N802 - 
     off = [each for each in states if each.off]
     if not off:
         return
-    worst = max(off, key=lambda each: (each.mean / _OFF, each.factor / _FACTOR))
+    worst = max(off, key=lambda each: max(each.mean / _OFF, each.factor / _FACTOR))
     severity, cause, fix = _cause(worst, states, evidence)
     gap = statistics.median(evidence.run.gap)
     yield self.finding(
