@@ -227,6 +227,8 @@ def checkpointed() -> Broken:
 
 
 class InSegments(nn.Module):
+    """Three parts, each computed again in backward."""
+
     def __init__(self) -> None:
         super().__init__()
         self.layers = conv_net()

@@ -36,6 +36,8 @@ class Broken:
 
 @dataclass(frozen=True)
 class Case:
+    """One entry of the corpus; calling it makes the model."""
+
     name: str
     what: str  # the mistake, in words
     build: Callable[[], Broken]

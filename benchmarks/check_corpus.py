@@ -107,7 +107,7 @@ def told(run: Run) -> str:
 
 
 def speed() -> Run:
-    """`check` on ResNet-50: without data, and with 8 batches of 8 pictures of 224x224; the best of three, and one run."""
+    """`check` on ResNet-50: without data, and with 8 batches of 8 pictures of 224x224."""
     model = torchvision("resnet50")
     random = torch.Generator().manual_seed(0)
     batches = [torch.randn(8, 3, 224, 224, generator=random) for _ in range(8)]

@@ -65,6 +65,8 @@ HEAVY = (
 
 @dataclass(frozen=True)
 class Healthy:
+    """One model that nothing is wrong with."""
+
     name: str
     source: str
     steps: int

@@ -108,7 +108,7 @@ def fit(
     after: Callable[[], object] = lambda: None,
     optimizer: torch.optim.Optimizer | None = None,
 ) -> torch.optim.Optimizer:
-    """Steps of SGD, the learning rate falling to 0, over and over the loader; the modes of the layers are the caller's."""
+    """Steps over and over the loader, the learning rate falling to 0; the modes of the layers are the caller's."""
     optimizer = optimizer or torch.optim.SGD(model.parameters(), lr, momentum=0.9)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for x, y in itertools.islice(forever(batches), steps):

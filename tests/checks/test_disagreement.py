@@ -76,6 +76,17 @@ def test_weights_that_have_moved_since() -> None:
     assert 7 < finding.evidence["factor"] < 11
 
 
+def test_the_worst_layer_is_the_worst_in_mean_or_variance() -> None:
+    """A variance that is off ninefold is worse than a mean that is off by 0.4 σ."""
+    model, batches = trained()
+    with torch.no_grad():
+        model[4].running_var.div_(9)
+        model[8].running_mean.add_(0.4 * model[8].running_var.sqrt())
+    finding = only(model, "BN101", batches=batches)
+    assert (finding.severity, finding.module, finding.also) == ("warning", "4", ("8",))
+    assert 7 < finding.evidence["factor"] < 11
+
+
 def test_other_samples_than_in_training_are_no_fault() -> None:
     model, batches = trained()
     finding = only(model, "BN101", batches=[3 * batch + 2 for batch in batches])
