@@ -56,6 +56,14 @@ def slow_momentum_mobilenet() -> Broken:
 
 
 @broken
+def slow_momentum_mnasnet() -> Broken:
+    """mnasnet0_5, whose momentum is 0.0003, after 40 steps: in eval mode it gives NaN"""
+    model = torchvision("mnasnet0_5")
+    fit(model, loader(pictures(), 16), 40)
+    return Broken(model, {"BN101": None}, {"batches": loader(pictures(), 16)})
+
+
+@broken
 def soup() -> Broken:
     """residual nets from two seeds, state dicts averaged, statistics too"""
     data = shuffled(digits())

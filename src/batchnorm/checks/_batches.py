@@ -171,7 +171,7 @@ class _Runs:
             self.output, self.output_dtype = tuple(evaluated.shape), evaluated.dtype
         if self._drops and index not in self.refused:
             trained = self.run(batch, index, "train", noted=False, dropout=False)
-        return _distance(trained, evaluated)
+        return _gap(trained, evaluated)
 
     def neighbours(self, batch: Any, index: int) -> tuple[float | None, float | None]:
         """How far the outputs of half the samples move when the others are replaced: in eval, and in training.
@@ -217,6 +217,15 @@ def _drops(module: nn.Module) -> bool:
         "StochasticDepth",
         "DropBlock2d",
     )
+
+
+def _gap(trained: Tensor | None, evaluated: Tensor | None) -> float | None:
+    """The distance of the two; without bound where eval mode overflows and training does not."""
+    if trained is None or evaluated is None:
+        return None
+    if bool(trained.isfinite().all()) and not bool(evaluated.isfinite().all()):
+        return float("inf")
+    return _distance(trained, evaluated)
 
 
 def _distance(a: Tensor | None, b: Tensor | None) -> float | None:
