@@ -128,7 +128,7 @@ def trained(
 
 
 # Those that shrink their input more than others, or ask for a size.
-SIZES = {"googlenet": 48, "dla34": 48}
+SIZES = {"googlenet": 48, "dla34": 64}
 TORCHVISION = [
     "resnet18",
     "resnet50",
