@@ -204,7 +204,7 @@ def by_source(healthy: list[Run]) -> str:
     rows = []
     for source in dict.fromkeys(run["source"] for run in healthy):
         some = [run for run in healthy if run["source"] == source]
-        names = ", ".join(run["name"].removeprefix(f"{source}: ") for run in some)
+        names = "; ".join(run["name"].removeprefix(f"{source}: ") for run in some)
         layers = sum(run["layers"] for run in some)
         rows.append([source, str(len(some)), f"{layers:,}", names])
     return pages.markdown(["from", "models", "batch norms", "which"], rows)
