@@ -14,8 +14,6 @@ from batchnorm.checks.rule import rule_named
 
 __all__ = ["CASES", "Broken", "Case", "broken", "judged"]
 
-Anywhere = None  # for a rule that speaks of the model, or of the layer that is worst
-
 
 @dataclass(frozen=True)
 class Broken:
