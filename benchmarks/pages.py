@@ -57,14 +57,14 @@ def stored(kind: str) -> list[Run]:
     return runs
 
 
-def keep(kind: str, runs: Sequence[Run]) -> None:
-    """Write results/`kind`.json."""
+def keep(kind: str, runs: Sequence[Run], *, by: str = "seed") -> None:
+    """Write results/`kind`.json, the runs in the order of what tells them apart."""
     content = {
         "schema_version": SCHEMA_VERSION,
         "kind": kind,
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "runs": sorted(runs, key=lambda run: run["seed"]),
+        "runs": sorted(runs, key=lambda run: run[by]),
     }
     write_whole(RESULTS / f"{kind}.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 

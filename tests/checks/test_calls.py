@@ -323,6 +323,14 @@ def test_samples_leak_in_a_contrastive_setting() -> None:
     )
 
 
+def test_one_batch_whose_views_look_unrelated_changes_nothing() -> None:
+    other = ([torch.randn(16, 3, 16), torch.randn(16, 3, 16)], torch.arange(16))
+    batches = views()
+    only(Contrastive(nn.BatchNorm1d(16)), "BN113", batches=[*batches[:2], other])
+    assert found(Contrastive(nn.BatchNorm1d(16)), "BN113", batches=[batches[0], other]) == ()
+    assert found(Contrastive(nn.BatchNorm1d(16)), "BN113", batches=[batches[0], other, other]) == ()
+
+
 def test_no_leak_where_nothing_is_compared_or_mixed() -> None:
     model = Contrastive(nn.BatchNorm1d(16))
     unrelated = [([torch.randn(16, 3, 16), torch.randn(16, 3, 16)], torch.arange(16)) for _ in range(3)]

@@ -88,6 +88,35 @@ def test_weights_that_have_moved_since() -> None:
     assert 7 < finding.evidence["factor"] < 11
 
 
+def test_outputs_that_overflow_in_eval_mode_are_as_far_apart_as_can_be() -> None:
+    """Each layer multiplies by what its running variance lacks."""
+    layers: list[nn.Module] = []
+    for _ in range(6):
+        layers += [nn.Linear(8, 8, bias=False), nn.BatchNorm1d(8, momentum=1e-12), nn.ReLU()]
+        nn.init.constant_(layers[-3].weight, 1e9)  # type: ignore[arg-type]
+    model, batches = nn.Sequential(*layers), [torch.rand(16, 8) for _ in range(4)]
+    for batch in batches * 2:
+        model(batch)
+    with torch.no_grad():
+        assert not model.eval()(batches[0]).isfinite().any()
+        assert model.train()(batches[0]).isfinite().all()
+    finding = only(model, "BN101", batches=batches)
+    assert (finding.severity, finding.evidence["gap"]) == ("warning", float("inf"))
+    assert "outputs are NaN, infinite or all the same in eval mode" in finding.message
+    assert "too few updates" in finding.cause
+
+
+def test_the_worst_layer_is_the_worst_in_mean_or_variance() -> None:
+    """A variance that is off ninefold is worse than a mean that is off by 0.4 σ."""
+    model, batches = trained()
+    with torch.no_grad():
+        model[4].running_var.div_(9)
+        model[8].running_mean.add_(0.4 * model[8].running_var.sqrt())
+    finding = only(model, "BN101", batches=batches)
+    assert (finding.severity, finding.module, finding.also) == ("warning", "4", ("8",))
+    assert 7 < finding.evidence["factor"] < 11
+
+
 def test_other_samples_than_in_training_are_no_fault() -> None:
     model, batches = trained()
     finding = only(model, "BN101", batches=[3 * batch + 2 for batch in batches])

@@ -229,7 +229,7 @@ def test_a_safetensors_file_is_looked_at(run: Run, tmp_path: Path) -> None:
     safetensors.save_file(broken_state(), tmp_path / "net.safetensors")
     result = run("check", "net.safetensors", "--select", "BN001")
     assert result.exit_code == 1
-    assert "1 error: 1 batch norm looked at by 1 rules" in result.stdout
+    assert "1 error: 1 batch norm looked at by 1 rule\n" in result.stdout
 
 
 def test_weights_without_a_batch_norm_are_said_to_have_none(run: Run, tmp_path: Path) -> None:

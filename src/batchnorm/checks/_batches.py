@@ -79,7 +79,7 @@ def observe(
         output=runs.output,
         output_dtype=runs.output_dtype,
         gap=tuple(value for value in gaps if value is not None),
-        pairs=all(holds_pairs(model, batch, forward is not None) for batch in taken),
+        pairs=_mostly(holds_pairs(model, batch, forward is not None) for batch in taken),
         no_backward=runs.no_backward,
     )
 
@@ -179,7 +179,7 @@ class _Runs:
             self.output, self.output_dtype = tuple(evaluated.shape), evaluated.dtype
         if self._drops and index not in self.refused:
             trained = self.run(batch, index, "train", noted=False, dropout=False)
-        return _distance(trained, evaluated)
+        return _gap(trained, evaluated)
 
     def neighbours(self, batch: Any, index: int) -> tuple[float | None, float | None]:
         """How far the outputs of half the samples move when the others are replaced: in eval, and in training.
@@ -214,12 +214,27 @@ _SAID = 300  # characters of an error: PyTorch lists every signature of an opera
 _ONE_VALUE = "more than 1 value per channel"
 
 
+def _mostly(said: Iterable[bool]) -> bool:
+    """What more than half say: of small pictures cropped at random, one batch of eight may look unrelated."""
+    each = list(said)
+    return 2 * sum(each) > len(each)
+
+
 def _drops(module: nn.Module) -> bool:
     return isinstance(module, _DropoutNd) or type(module).__name__ in (
         "DropPath",
         "StochasticDepth",
         "DropBlock2d",
     )
+
+
+def _gap(trained: Tensor | None, evaluated: Tensor | None) -> float | None:
+    """The distance of the two; without bound where eval mode overflows and training does not."""
+    if trained is None or evaluated is None:
+        return None
+    if bool(trained.isfinite().all()) and not bool(evaluated.isfinite().all()):
+        return float("inf")
+    return _distance(trained, evaluated)
 
 
 def _distance(a: Tensor | None, b: Tensor | None) -> float | None:

@@ -117,7 +117,7 @@ class Run:
     output_dtype: torch.dtype | None = None
     # Outputs in training mode (dropout off) against eval mode, in the spread of the outputs; a number a batch.
     gap: tuple[float, ...] = ()
-    pairs: bool = False  # batches that hold two views of the same samples, both of which the model gets
+    pairs: bool = False  # most batches hold two views of the same samples, both of which the model gets
     no_backward: str = ""  # why the backward pass could not be run
 
 

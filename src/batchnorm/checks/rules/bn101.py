@@ -94,14 +94,13 @@ def BN101(self: Rule, evidence: Evidence) -> Iterator[Finding]:  # noqa: N802 - 
     off = [each for each in states if each.off]
     if not off:
         return
-    worst = max(off, key=lambda each: (each.mean / _OFF, each.factor / _FACTOR))
+    worst = max(off, key=lambda each: max(each.mean / _OFF, each.factor / _FACTOR))
     severity, cause, fix = _cause(worst, states, evidence)
     gap = statistics.median(evidence.run.gap)
     yield self.finding(
         worst.layer.name,
         f"running mean {worst.mean:.1f} σ from that of the training batches, variance off by a factor of "
-        f"{worst.factor:.1f} (median channel); the network's outputs in training and eval mode are "
-        f"{100 * gap:.0f} % of their spread apart",
+        f"{worst.factor:.1f} (median channel); {_told(gap)}",
         cause=cause,
         fix=fix,
         severity=severity,
@@ -119,6 +118,14 @@ class _State:
     off: bool
     scatter: Scatter | None  # of batches that are not shuffled
     sites: Sites | None  # that differ
+
+
+def _told(gap: float) -> str:
+    if gap == float("inf"):
+        return (
+            "the network's outputs are NaN, infinite or all the same in eval mode, and not in training mode"
+        )
+    return f"the network's outputs in training and eval mode are {100 * gap:.0f} % of their spread apart"
 
 
 def _outputs_differ(evidence: Evidence) -> bool:

@@ -4,8 +4,8 @@ The loss compares two views of a sample with those of others. Batch norm puts so
 them: two views that were in one batch share its statistics, and the network can tell by them which belong together,
 without learning what is in the image. The loss falls, the representation is poor.
 
-The rule speaks if batches hold two views of each sample and the model gets both, its output is one vector per sample,
-and outputs in training mode move by more than 5 % of their spread when other samples of the batch are replaced.
+The rule speaks if most batches hold two views of each sample and the model gets both, its output is one vector per
+sample, and outputs in training mode move by more than 5 % of their spread when other samples of the batch are replaced.
 
 ## How it comes about
 
