@@ -260,6 +260,10 @@ def test_how_many_axes_an_unfrozen_layer_has() -> None:
     assert vars(plain).keys() - {"_frozen_by"} == vars(nn.BatchNorm2d(3)).keys()
     changes = batchnorm.unfreeze(Opaque(), affine=False)
     assert "name the class to convert to" in reasons(changes)["bn"]
+    whole = batchnorm.unfreeze(Opaque())
+    assert not whole.changed
+    assert len(whole.skipped) == 1
+    assert not whole.model.bn.weight.requires_grad  # not half unfrozen
     changes = batchnorm.unfreeze(Opaque(), to=batchnorm.BatchNorm2d)
     assert type(changes.model.bn) is batchnorm.BatchNorm2d
     kept = batchnorm.unfreeze(Opaque(), statistics=False).model.bn

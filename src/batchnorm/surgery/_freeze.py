@@ -161,20 +161,21 @@ def unfreeze(
         module = spot.module
         if not kinds.is_batch_norm(module):
             continue
-        done, why = [], []
+        done = []
         if statistics and isinstance(module, _FrozenFrom):
             plan.set_class(module, module._base)
             done.append("statistics")
         elif statistics and isinstance(module, FrozenBatchNorm):
             cls, reason = new_class(module, family, only, parts)
-            if cls is None:
-                why.append(reason)
-            elif cls is not type(module):
+            if cls is None:  # and not half unfrozen
+                plan.skip(spot, reason)
+                continue
+            if cls is not type(module):
                 plan_conversion(plan, module, cls, {})
                 done.append("statistics")
         if affine:
             done += _require(plan, module, True)
-        _report(plan, spot, done, why, "unfrozen")
+        _report(plan, spot, done, [], "unfrozen")
     return plan.apply()
 
 

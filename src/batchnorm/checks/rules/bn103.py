@@ -19,7 +19,6 @@ two in the middle of a network).
 
 - Larger batches; several processes: `batchnorm.convert(model, "sync")`.
 - `batchnorm.convert(model, "renorm")` normalizes by statistics that are corrected towards the running ones.
-- `batchnorm.accumulate(model, k)` makes one batch of k small ones.
 - Pretrained: `batchnorm.freeze(model)` uses the running statistics in training, too.
 """
 
