@@ -192,7 +192,8 @@ def layer_batch_norm(
             check_residual(input, residual)
     if inplace:
         ops.check_inplace(input, training, ops.is_traced(input), weight, bias, residual)
-    recompute = recompute and not ops.is_traced(input) and ops.can_recompute()
+    # A policy's statistics and coefficients are not those that a recipe is made of.
+    recompute = recompute and policy is None and not ops.is_traced(input) and ops.can_recompute()
     if recompute:
         ops.look_behind(input, residual)
     given = None

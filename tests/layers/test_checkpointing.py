@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import batchnorm
 
@@ -240,3 +240,34 @@ def test_compiled(momentum: float | None) -> None:
         torch.testing.assert_close(one.grad, other.grad)
     torch.testing.assert_close(net.state_dict(), twin.state_dict())
     assert net[1].num_batches_tracked == 1
+
+
+def test_selective_checkpointing_corrects_renorm_as_at_first() -> None:
+    def keep_products(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        keep = op in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+        return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+
+    def selective(net: nn.Module, x: Tensor) -> Tensor:
+        return checkpoint(
+            net,
+            x,
+            use_reentrant=False,
+            context_fn=lambda: create_selective_checkpoint_contexts(keep_products),
+        )
+
+    net = nn.Sequential(nn.Linear(3, 3), renorm(3), nn.Tanh())
+    plain = copy.deepcopy(net)
+    x, dy = torch.randn(2, 8, 3) * 3
+    expected = step(None, plain, x, dy)
+    found = step(selective, net, x, dy)
+    for one, other in zip((found[0], *found[1]), (expected[0], *expected[1]), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
+
+
+def test_more_forwards_than_are_remembered() -> None:
+    layer = renorm(3)
+    inputs = [torch.randn(8, 3, requires_grad=True) for _ in range(40)]
+    outputs = [checkpoint(layer, x, use_reentrant=False) for x in inputs]
+    outputs[-1].sum().backward()  # the last ones are known
+    with pytest.raises(batchnorm.ModelError, match="more than 32 forwards"):
+        outputs[0].sum().backward()

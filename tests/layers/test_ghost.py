@@ -195,3 +195,13 @@ def test_bad_options() -> None:
         GhostBatchNorm(3, ghost_size=True)
     assert "ghost_size=32" in repr(GhostBatchNorm(3))
     assert "splits=4" in repr(GhostBatchNorm(3, splits=4))
+
+
+def test_compiled_for_several_batch_sizes() -> None:
+    torch.compiler.reset()
+    for cut in ({"ghost_size": 4}, {"splits": 3}):
+        layer = made(track_running_stats=False, **cut)
+        call = torch.compile(layer, fullgraph=True, backend="aot_eager")
+        for samples in (13, 11, 10, 20):
+            x = torch.randn(samples, 3, 2, dtype=torch.float64)
+            torch.testing.assert_close(call(x), layer(x), **TIGHT)

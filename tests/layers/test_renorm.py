@@ -205,3 +205,14 @@ def test_bounds_may_be_set_during_training() -> None:
     layer.r_max = 0.5
     with pytest.raises(InputError, match="r_max"):
         layer(x)
+
+
+def test_without_running_statistics_it_is_refused_and_not_converted_to() -> None:
+    layer = made(r_max=3, d_max=5)
+    layer.track_running_stats = False
+    with pytest.raises(InputError, match="track_running_stats=False"):
+        layer(torch.randn(16, 3, dtype=torch.float64))
+    plain = torch.nn.BatchNorm1d(3, track_running_stats=False)
+    changes = batchnorm.convert(torch.nn.Sequential(plain), "renorm")
+    assert not changes.changed
+    assert "to correct towards" in changes.skipped[0].reason

@@ -277,3 +277,28 @@ def test_export(graph: bool) -> None:
     program: Any = torch.export.export(net.eval(), (x,))
     torch.testing.assert_close(program.module()(x), net(x))
     assert [node.target for node in torch.fx.symbolic_trace(net).graph.nodes][1:5] == ["0", "1", "2", "3"]
+
+
+def test_a_frozen_layer_takes_its_reference_for_a_constant() -> None:
+    net = nn.Sequential(nn.Linear(2, 3), batchnorm.VirtualBatchNorm(3))
+    with batchnorm.reference_batch(net):
+        net(torch.randn(8, 2))
+    batchnorm.freeze(net, inplace=True)
+    for _ in range(2):
+        net(torch.randn(4, 2)).square().sum().backward()
+    assert net[0].weight.grad is not None
+
+
+def test_what_is_held_is_given_up_where_the_buffers_say_something_else() -> None:
+    net, x = nn.Sequential(nn.Linear(2, 3), batchnorm.VirtualBatchNorm(3)), torch.randn(4, 2)
+    with batchnorm.reference_batch(net):
+        net(torch.randn(8, 2))
+    others = {**dict(net.named_parameters()), **dict(net.named_buffers())}
+    others["1.running_mean"] = others["1.running_mean"] + 100
+    before = net(x)
+    assert not torch.allclose(torch.func.functional_call(net, others, (x,)), before)
+    net[1].running_mean.add_(100)
+    torch.testing.assert_close(net(x), torch.func.functional_call(net, others, (x,)))
+    batchnorm.convert(net, batchnorm.BatchNorm1d, inplace=True)
+    assert type(net[1]) is batchnorm.BatchNorm1d
+    assert not {"_held", "_marks", "_open"} & vars(net[1]).keys()

@@ -198,3 +198,27 @@ def test_views_that_are_no_part_of_the_output() -> None:
             return z.abs().sum() + (y.transpose(1, 2)[..., 1:] ** 2).sum() + (y.unsqueeze(0)[:, 1] ** 3).sum()
 
     check_same(*pair(Complex()))
+
+
+@pytest.mark.parametrize("family", ["ghost", "renorm", "sync", "frozen", "virtual"])
+def test_converted_afterwards(family: str) -> None:
+    """Another class of layers, whose statistics no recipe knows."""
+    options = {"ghost_size": 5} if family == "ghost" else {}
+    net = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.ReLU(),
+        nn.Conv2d(4, 2, 1),
+    )  # fmt: skip
+    keeping = batchnorm.convert(batchnorm.fuse(net).model, family, **options).model
+    recomputing = batchnorm.convert(batchnorm.fuse(net, memory="recompute").model, family, **options).model
+    x = torch.randn(8, 3, 7, 7)
+    grads = []
+    for model in (keeping, recomputing):
+        if family == "virtual":
+            with batchnorm.reference_batch(model, graph=False):
+                model(x)
+        given = x.clone().requires_grad_()
+        y = model(given)
+        y.backward(torch.ones_like(y) * torch.arange(y.numel()).view_as(y).cos())
+        grads.append([given.grad, *(p.grad for p in model.parameters() if p.grad is not None)])
+    for one, other in zip(*grads, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)

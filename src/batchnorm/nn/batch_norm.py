@@ -48,6 +48,8 @@ class Extras(Unscriptable, _Base):
     _affine_names: ClassVar[tuple[str, ...]] = ("weight", "bias")
     _mask_place: ClassVar[int] = 2
     _checks_itself: ClassVar[bool] = False
+    # Attributes that belong to the class alone: gone when a layer gets another one.
+    _transient: ClassVar[tuple[str, ...]] = ()
     # Whether it computes what PyTorch's layer of the same numbers does, activation aside.
     _is_plain: ClassVar[bool] = True
     # Class-level, so that a layer made by other means (an old pickle, a changed __class__) has them.

@@ -35,7 +35,7 @@ class GhostBatchNorm(Member):
         eps: ε, added to the variance.
         momentum: weight of the new batch in the running statistics; None for the plain average over all batches.
         affine: learn γ (`weight`) and β (`bias`).
-        track_running_stats: keep running statistics; without them eval uses the batch's, by ghosts.
+        track_running_stats: keep running statistics; without them eval uses those of the whole batch.
         device: where parameters and buffers live.
         dtype: of parameters and buffers.
         ghost_size: samples of a ghost; 32 where neither it nor `splits` is given.

@@ -134,11 +134,11 @@ class BatchRenorm(Member):
 
     def _policy(self) -> ops.Policy | None:
         mean, var, tracked = self.running_mean, self.running_var, self.num_batches_tracked
-        if mean is None or var is None or tracked is None:
+        if mean is None or var is None or tracked is None or not self.track_running_stats:
             raise InputError(
                 message(
                     "BatchRenorm in training",
-                    got="no running statistics",
+                    got="no running statistics, or track_running_stats=False",
                     expected="running_mean, running_var and num_batches_tracked, as it was made with",
                 )
             )

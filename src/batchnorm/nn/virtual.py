@@ -97,6 +97,8 @@ class VirtualBatchNorm(Member):
     _graph = True
     _seen: Reference | None = None
     _held: _Held | None = None
+    _transient = ("_graph", "_held", "_is_known", "_marks", "_open", "_seen")
+    _marks: tuple[tuple[int, int], ...] = ()  # the buffers that `_held` is about, and their versions
     _is_known = False  # whether num_batches_tracked was found to be above 0: to look would wait for a GPU
 
     def __init__(
@@ -160,8 +162,7 @@ class VirtualBatchNorm(Member):
             raise InputError(message(what, got="an empty batch", expected="samples to normalize by"))
 
     def _reference(self, input: Tensor) -> Reference:
-        # An exported program has the buffers, and no graph.
-        if self._held is not None and self._held.reference is not None and not torch.compiler.is_exporting():
+        if self._held is not None and self._held.reference is not None and self._is_current():
             return self._held.reference
         mean, var, counter = self.running_mean, self.running_var, self.num_batches_tracked
         if mean is None or var is None or counter is None:
@@ -176,6 +177,16 @@ class VirtualBatchNorm(Member):
         wide = statistics_dtype(input)
         return Reference(mean.to(wide), var.to(wide), counter.to(wide))
 
+    def _is_current(self) -> bool:
+        """Whether what is held is what the buffers say; frozen layers and exported programs have these alone."""
+        if torch.compiler.is_compiling():
+            return not torch.compiler.is_exporting()
+        return not isinstance(getattr(type(self), "training", None), property) and self._marks == self._mark()
+
+    def _mark(self) -> tuple[tuple[int, int], ...]:
+        buffers = (each for each in (self.running_mean, self.running_var) if each is not None)
+        return tuple((id(each), 0 if each.is_inference() else each._version) for each in buffers)
+
     def _take(self) -> None:
         """Make what was seen in the reference pass the reference."""
         seen, self._seen = self._seen, None
@@ -188,7 +199,7 @@ class VirtualBatchNorm(Member):
                 if self.num_batches_tracked is not None:
                     self.num_batches_tracked.copy_(seen.samples)
         self._is_known = False
-        self._held = None
+        self._held, self._marks = None, self._mark()
         if not self._graph or not seen.mean.requires_grad:
             seen = Reference(seen.mean.detach(), seen.var.detach(), seen.samples)
             if self.running_mean is None:

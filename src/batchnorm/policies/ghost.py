@@ -22,7 +22,7 @@ class Ghosts(Policy):
         samples, positions = shape[0], shape[2:].numel()
         # -(-a // b) rounds up: torch.chunk's rule.
         size = self.size or max(1, -(-samples // (self.splits or 1)))
-        full, rest = divmod(samples, size)
+        full, rest = samples // size, samples % size  # not divmod, which torch.compile cannot follow
         if full == 0:
             return ((samples, 1),)
         if rest * positions == 1:

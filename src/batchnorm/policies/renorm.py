@@ -3,10 +3,13 @@
 from collections import deque
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from batchnorm.ops import Policy, Statistics, is_recomputation, is_traced
+from batchnorm._errors import ModelError, message
+from batchnorm.ops import Policy, Statistics, is_jit_tracing, is_recomputation
 
 __all__ = ["Knots", "Renorm", "bound_at"]
 
@@ -17,8 +20,31 @@ Correction = tuple[Tensor, Tensor]
 # A forward that is computed again in a backward pass must be corrected as it was, but the running statistics have moved
 # since: for each layer's running mean what its last forwards were corrected by, with the statistics that they are known
 # by. So many forwards may come before the first backward. 4 numbers of float64 a channel and forward: 0.26 MB for 512.
-FORWARDS = 16
+FORWARDS = 32
 _SEEN: Any = WeakTensorKeyDictionary()
+
+
+def _holds_numbers(mean: Tensor) -> bool:
+    """Whether this is a computation, and not a trace of one; a mode that looks on changes nothing."""
+    return (
+        type(mean) is Tensor
+        and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+        and not is_jit_tracing()
+    )
+
+
+def _demand(known: Tensor) -> None:
+    text = message(
+        "BatchRenorm under activation checkpointing",
+        got=f"more than {FORWARDS} forwards of a layer before their backward",
+        expected=f"at most {FORWARDS}, whose corrections are kept",
+        fix="Checkpoint fewer calls of it at once.",
+    )
+    if known.device.type != "cpu":
+        torch._assert_async(known, text)
+    elif not known.item():
+        raise ModelError(text)
 
 
 def bound_at(knots: Knots, step: Tensor) -> Tensor | float:
@@ -51,9 +77,11 @@ class Renorm(Policy):
     def correction(self, statistics: Statistics, eps: float) -> tuple[Tensor, Tensor]:
         """(r, d); (1, 0) during the warm-up."""
         found = self._now(statistics, eps)
-        if is_traced(statistics.mean):
+        if not _holds_numbers(statistics.mean):
             return found
-        return self._before(statistics, found) if is_recomputation() else self._keep(statistics, found)
+        # Not seen by modes that look on: selective checkpointing wants the same operators both times.
+        with _disable_current_modes():
+            return self._before(statistics, found) if is_recomputation() else self._keep(statistics, found)
 
     def _keep(self, statistics: Statistics, found: Correction) -> Correction:
         if self.running_mean not in _SEEN:
@@ -64,9 +92,15 @@ class Renorm(Policy):
     def _before(self, statistics: Statistics, found: Correction) -> Correction:
         """The correction that the first computation of this batch has got; the device is not asked which one it was."""
         seen = _SEEN.get(self.running_mean, ())
+        known = statistics.mean.new_zeros((), dtype=torch.bool)
         for mean, var, r, d in seen:
             same = (mean == statistics.mean).all() & (var == statistics.var).all()
             found = r.where(same, found[0]), d.where(same, found[1])
+            known = known | same
+        if (
+            len(seen) == FORWARDS
+        ):  # with fewer, none was forgotten: this is a first forward inside of a backward
+            _demand(known | ~statistics.mean.isfinite().all())
         return found
 
     def _now(self, statistics: Statistics, eps: float) -> Correction:

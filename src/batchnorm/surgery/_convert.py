@@ -10,6 +10,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from batchnorm._errors import InputError, InputTypeError, message
 from batchnorm._walk import Changes, Plan, Spot, prepared
+from batchnorm.nn import BatchRenorm
 from batchnorm.nn.batch_norm import Extras
 from batchnorm.nn.families import FAMILIES, Family, family_of
 from batchnorm.nn.frozen import Frozen
@@ -332,6 +333,9 @@ def _new_class_unless_frozen(
     without = module._buffers.get("running_mean") is None or not module.track_running_stats
     if without and cls is not None and issubclass(cls, Frozen):
         return None, "it has no running statistics to normalize with"
+    uncounted = without or module._buffers.get("num_batches_tracked") is None
+    if uncounted and cls is not None and issubclass(cls, BatchRenorm):
+        return None, "it has no running statistics, or no count of batches, to correct towards"
     return cls, reason
 
 
@@ -387,6 +391,9 @@ def plan_conversion(plan: Plan, module: nn.Module, cls: type[nn.Module], options
     """Plan that the layer becomes one of this class."""
     before, after = _template(type(module), {}), _template(cls, options)
     plan.set_class(module, cls)
+    for name in getattr(type(module), "_transient", ()):
+        if name in vars(module):
+            plan.drop_attribute(module, name)
     old, new = family_of(type(module)), family_of(cls)
     if old is not None and old[1] and new is not None and not new[1]:
         plan.set_attribute(module, _AXES, old[1])
