@@ -121,7 +121,7 @@ bench: $(STAMP) ## time the layers against torch.nn and renew the table in the R
 
 .PHONY: docs
 docs: $(STAMP) ## the documentation site, in site/
-	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	@echo "The documentation: $(CURDIR)/site/index.html"
 
 .PHONY: clean
