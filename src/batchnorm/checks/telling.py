@@ -89,7 +89,7 @@ def _blocks(finding: Finding) -> list[Block]:
     kind = f"{finding.severity.capitalize()} {finding.code}"
     # What was seen may be long; a page would fold it away in a verdict.
     blocks: list[Block] = [
-        Verdict(kind, places(finding), rule.title, _TONES[finding.severity]),
+        Verdict(kind, f"at {places(finding)}", rule.title, _TONES[finding.severity]),
         Paragraph(finding.message, lead="Seen:"),
         Paragraph(finding.cause, lead="Why:"),
         Paragraph(finding.fix, lead="Fix:"),
