@@ -218,7 +218,7 @@ def expand_mask(input: Tensor, mask: Tensor) -> Tensor:
 
 
 def _check_weights(mask: Tensor) -> None:
-    if mask.device.type == "cpu" and not torch.compiler.is_compiling() and _holds_values(mask):
+    if ops.is_free(mask):
         lowest = mask.amin().item() if mask.numel() else 0
         if not lowest >= 0:
             raise InputError(
@@ -228,15 +228,6 @@ def _check_weights(mask: Tensor) -> None:
             )
         return
     torch._assert_async((mask >= 0).all(), "batch_norm: the mask holds a negative weight")
-
-
-def _holds_values(mask: Tensor) -> bool:
-    """Whether Python may look at the values: not under a transform or a tracing mode."""
-    return (
-        type(mask) is Tensor
-        and not torch._C._are_functorch_transforms_active()
-        and torch._C._len_torch_dispatch_stack() == 0
-    )
 
 
 def check_call(

@@ -11,6 +11,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from batchnorm._walk import Spot, walk
 from batchnorm.checks.evidence import Layer
 from batchnorm.nn.batch_norm import Extras
+from batchnorm.nn.frozen import Frozen
 
 __all__ = ["layers_of_model", "layers_of_state", "norms_of"]
 
@@ -55,8 +56,7 @@ def _layer(spot: Spot) -> Layer:
         bias=_wide(module.bias),
         weight_trained=module.weight is not None and module.weight.requires_grad,
         bias_trained=module.bias is not None and module.bias.requires_grad,
-        # `batchnorm.freeze` makes `training` a property of the layer's class.
-        frozen=isinstance(getattr(type(module), "training", None), property),
+        frozen=isinstance(module, Frozen),
         synchronized="Sync" in type(module).__name__,
         ours=isinstance(module, Extras),
         holds=_holds(module),

@@ -15,6 +15,7 @@ from batchnorm._validation import Single, check_residual
 from batchnorm.functional import layer_batch_norm
 from batchnorm.nn._scopes import Scope, Told
 from batchnorm.nn.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d, NonFinite
+from batchnorm.nn.families import Family, Rebuilt, register
 from batchnorm.nn.member import AnyBatchNorm, Member
 
 __all__ = ["Condition", "ConditionalBatchNorm", "condition", "conditional_of", "one_class"]
@@ -385,3 +386,14 @@ def _take_buffers(made: Module, layer: Module) -> None:
     for name, buffer in layer._buffers.items():
         made._buffers[name] = None if buffer is None else buffer.clone()
     made.training = layer.training
+
+
+register(
+    Family(
+        "conditional",
+        dict.fromkeys((1, 2, 3), ConditionalBatchNorm),
+        rebuilt=Rebuilt(
+            conditional_of, one_class, ("num_classes",), "condition", "a weight and a bias for each class"
+        ),
+    )
+)

@@ -13,6 +13,7 @@ from batchnorm._validation import Single
 from batchnorm.nn._scopes import Scope, Told
 from batchnorm.nn._unscriptable import Unscriptable
 from batchnorm.nn.batch_norm import Extras, NonFinite
+from batchnorm.nn.families import Family, Rebuilt, register
 from batchnorm.nn.member import AnyBatchNorm
 
 __all__ = ["DomainBatchNorm", "domain", "domains_of", "one_domain"]
@@ -379,3 +380,18 @@ def one_domain(layer: Module, name: object) -> Module | str:
     if kept is None:
         return f"it has no domain {name!r}, but {', '.join(map(repr, layer._modules))}"
     return copy.deepcopy(kept, {id(each): each for each in kept.parameters()})
+
+
+register(
+    Family(
+        "domain",
+        dict.fromkeys((1, 2, 3), DomainBatchNorm),
+        rebuilt=Rebuilt(
+            domains_of,
+            one_domain,
+            ("domains", "shared_affine", "default"),
+            "domain",
+            "statistics for each domain",
+        ),
+    )
+)

@@ -8,11 +8,7 @@ import torch
 
 from batchnorm._errors import InputError, message
 from batchnorm.nn.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
-from batchnorm.nn.conditional import ConditionalBatchNorm, conditional_of, one_class
-from batchnorm.nn.domains import DomainBatchNorm, domains_of, one_domain
 from batchnorm.nn.lazy import LazyBatchNorm1d, LazyBatchNorm2d, LazyBatchNorm3d
-from batchnorm.nn.sync import SyncBatchNorm
-from batchnorm.nn.virtual import VirtualBatchNorm
 
 __all__ = ["FAMILIES", "Family", "Rebuilt", "family_of", "register"]
 
@@ -87,27 +83,3 @@ register(
     )
 )
 register(Family("torch-sync", dict.fromkeys((1, 2, 3), torch.nn.SyncBatchNorm)))
-register(
-    Family(
-        "domain",
-        dict.fromkeys((1, 2, 3), DomainBatchNorm),
-        rebuilt=Rebuilt(
-            domains_of,
-            one_domain,
-            ("domains", "shared_affine", "default"),
-            "domain",
-            "statistics for each domain",
-        ),
-    )
-)
-register(
-    Family(
-        "conditional",
-        dict.fromkeys((1, 2, 3), ConditionalBatchNorm),
-        rebuilt=Rebuilt(
-            conditional_of, one_class, ("num_classes",), "condition", "a weight and a bias for each class"
-        ),
-    )
-)
-register(Family("virtual", dict.fromkeys((1, 2, 3), VirtualBatchNorm)))
-register(Family("sync", dict.fromkeys((1, 2, 3), SyncBatchNorm)))

@@ -10,6 +10,7 @@ from batchnorm import ops
 from batchnorm._errors import InputTypeError, message
 from batchnorm._validation import Single
 from batchnorm.nn.batch_norm import NonFinite
+from batchnorm.nn.families import Family, register
 from batchnorm.nn.member import Member
 from batchnorm.policies.sync import Synced
 
@@ -161,3 +162,6 @@ def _is_group(group: Any) -> bool:
 
 def _name(group: Any) -> str:
     return str(getattr(group, "group_name", "of other processes"))
+
+
+register(Family("sync", dict.fromkeys((1, 2, 3), SyncBatchNorm)))

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from batchnorm._errors import InputError, InputTypeError, ModelError, message
 from batchnorm._validation import check_call
+from batchnorm.nn.families import Family, register
+from batchnorm.nn.frozen import Frozen
 from batchnorm.nn.member import Member
 from batchnorm.ops import is_traced
 from batchnorm.ops.composed import finish, statistics_dtype
@@ -181,7 +183,7 @@ class VirtualBatchNorm(Member):
         """Whether what is held is what the buffers say; frozen layers and exported programs have these alone."""
         if torch.compiler.is_compiling():
             return not torch.compiler.is_exporting()
-        return not isinstance(getattr(type(self), "training", None), property) and self._marks == self._mark()
+        return not isinstance(self, Frozen) and self._marks == self._mark()
 
     def _mark(self) -> tuple[tuple[int, int], ...]:
         buffers = (each for each in (self.running_mean, self.running_var) if each is not None)
@@ -281,8 +283,7 @@ def reference_batch(model: nn.Module, *, graph: bool = True) -> Iterator[None]:
         raise ModelError(message(what, got="no VirtualBatchNorm", expected="at least one"))
     if any(layer._open for layer in layers):
         raise ModelError(message(what, got="an open reference_batch", expected="none: one block at a time"))
-    # `batchnorm.freeze` makes `training` a property of the layer's class.
-    layers = [each for each in layers if not isinstance(getattr(type(each), "training", None), property)]
+    layers = [each for each in layers if not isinstance(each, Frozen)]
     for layer in layers:
         layer._open, layer._graph, layer._seen = True, graph, None
     try:
@@ -301,3 +302,6 @@ def reference_batch(model: nn.Module, *, graph: bool = True) -> Iterator[None]:
     finally:
         for layer in layers:
             layer._open, layer._seen = False, None
+
+
+register(Family("virtual", dict.fromkeys((1, 2, 3), VirtualBatchNorm)))

@@ -24,6 +24,7 @@ from batchnorm.ops.backends import (
 )
 from batchnorm.ops.held import HELD, Held, Take, held, moved, uncompiled
 from batchnorm.ops.inplace import check_inplace, normalize_
+from batchnorm.ops.looking import demand, is_free
 from batchnorm.ops.policy import Policy, Statistics, merged, train_by
 from batchnorm.ops.recompute import CAN_SEE, CHAIN, can_recompute, look_behind, look_behind_output, remember
 
@@ -43,8 +44,10 @@ __all__ = [
     "check_inplace",
     "check_name",
     "choose",
+    "demand",
     "explain_backend",
     "held",
+    "is_free",
     "is_jit_tracing",
     "is_recomputation",
     "is_traced",

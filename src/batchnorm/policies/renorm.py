@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from batchnorm._errors import ModelError, message
-from batchnorm.ops import Policy, Statistics, is_jit_tracing, is_recomputation
+from batchnorm._errors import message
+from batchnorm.ops import Policy, Statistics, demand, is_jit_tracing, is_recomputation
 
 __all__ = ["Knots", "Renorm", "bound_at"]
 
@@ -22,6 +22,12 @@ Correction = tuple[Tensor, Tensor]
 # by. So many forwards may come before the first backward. 4 numbers of float64 a channel and forward: 0.26 MB for 512.
 FORWARDS = 32
 _SEEN: Any = WeakTensorKeyDictionary()
+_FORGOTTEN = message(
+    "BatchRenorm under activation checkpointing",
+    got=f"more than {FORWARDS} forwards of a layer before their backward",
+    expected=f"at most {FORWARDS}, whose corrections are kept",
+    fix="Checkpoint fewer calls of it at once.",
+)
 
 
 def _holds_numbers(mean: Tensor) -> bool:
@@ -32,19 +38,6 @@ def _holds_numbers(mean: Tensor) -> bool:
         and not torch._C._are_functorch_transforms_active()
         and not is_jit_tracing()
     )
-
-
-def _demand(known: Tensor) -> None:
-    text = message(
-        "BatchRenorm under activation checkpointing",
-        got=f"more than {FORWARDS} forwards of a layer before their backward",
-        expected=f"at most {FORWARDS}, whose corrections are kept",
-        fix="Checkpoint fewer calls of it at once.",
-    )
-    if known.device.type != "cpu":
-        torch._assert_async(known, text)
-    elif not known.item():
-        raise ModelError(text)
 
 
 def bound_at(knots: Knots, step: Tensor) -> Tensor | float:
@@ -100,7 +93,7 @@ class Renorm(Policy):
         if (
             len(seen) == FORWARDS
         ):  # with fewer, none was forgotten: this is a first forward inside of a backward
-            _demand(known | ~statistics.mean.isfinite().all())
+            demand(known | ~statistics.mean.isfinite().all(), _FORGOTTEN)
         return found
 
     def _now(self, statistics: Statistics, eps: float) -> Correction:

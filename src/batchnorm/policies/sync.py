@@ -6,8 +6,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from batchnorm._errors import InputError, ModelError, message
-from batchnorm.ops import Policy, Statistics, merged
+from batchnorm._errors import InputError, message
+from batchnorm.ops import Policy, Statistics, demand, is_free, merged
 
 __all__ = ["GATHER_AT_MOST", "Running", "Synced"]
 
@@ -120,7 +120,7 @@ class Synced(Policy):
         dist.all_reduce(payload, group=self._group)
         channels = mean.shape[0]
         first, second, count, values, digests, squares = payload.split([channels, channels, 1, 1, 1, 1])
-        _demand(size * squares == digests.square(), _DIFFER)
+        demand(size * squares == digests.square(), _DIFFER)
         divisor = torch.where(count > 0, count, 1.0)
         distance = first / divisor
         var = ((second - first * distance) / divisor).clamp_min(0)
@@ -140,7 +140,7 @@ class Synced(Policy):
                 torch.where(is_single, running_var.to(var.dtype), var),
                 torch.where(is_single, torch.inf, count),  # constants: no gradient goes through them
             )
-        if self._single != "zero" and _is_free(is_single) and is_single.item():
+        if self._single != "zero" and is_free(is_single) and is_single.item():
             raise InputError(
                 f"Expected more than 1 value per channel when training, got input size {self._shape} and nothing on "
                 "the other processes of the group. Use larger batches, or call eval() on the layer everywhere."
@@ -164,21 +164,3 @@ def _digest(pivot: Tensor) -> Tensor:
     mixed = (mixed ^ (mixed >> 29)) * 0x14D049BB133111EB
     whole = mixed.sum()
     return ((whole ^ (whole >> 31)) & 0xFFFFF).to(pivot.dtype).reshape(1)
-
-
-def _is_free(value: Tensor) -> bool:
-    """Whether Python may look at a value without waiting for a device or breaking a trace."""
-    return (
-        value.device.type == "cpu"
-        and not torch.compiler.is_compiling()
-        and type(value) is Tensor
-        and torch._C._len_torch_dispatch_stack() == 0
-    )
-
-
-def _demand(holds: Tensor, text: str) -> None:
-    if _is_free(holds):
-        if not holds.item():
-            raise ModelError(text)
-    else:
-        torch._assert_async(holds, text)
