@@ -69,10 +69,19 @@ def same():
     generator = torch.Generator().manual_seed(1)
     return [torch.randn(16, 3, 8, 8, generator=generator) for _ in range(3)]
 
+def few():
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(8, 3, 8, 8, generator=generator) for _ in range(3)]
+
 def stream(): return iter(same())
 def loaders():
     data = torch.utils.data.TensorDataset(torch.randn(48, 3, 8, 8), torch.zeros(48))
     return torch.utils.data.DataLoader(data, 16), torch.utils.data.DataLoader(data, 24)
+
+def decay(model): return torch.optim.AdamW(model.parameters(), weight_decay=0.01)
+def two(model, lr): return torch.optim.SGD(model.parameters(), lr)
+def unpaid(model): raise TypeError("no lr")
+def parameters(model): return list(model.parameters())
 
 def flat(): return [torch.randn(16, 5)]
 def mixed(): return [torch.randn(16, 3, 8, 8), {"y": 3}]
@@ -113,7 +122,7 @@ def test_findings_are_told_the_worst_first(run: Run) -> None:
         "warning BN004: momentum in the other framework's convention\n"
     )
     assert "1 error, 1 warning: 1 batch norm looked at by" in result.stdout
-    assert "not looked at: 13 rules that need batches (--data), 3 rules that need averaged=" in result.stdout
+    assert "not looked at: 13 rules that need batches (--data), 3 rules that need --averaged," in result.stdout
     assert not [line for line in result.stdout.splitlines() if line != line.rstrip()]
 
 
@@ -298,6 +307,35 @@ def test_text_in_a_file_is_what_the_terminal_shows(run: Run, tmp_path: Path) -> 
     assert result.stdout == (tmp_path / "r.txt").read_text("utf-8") + "text: r.txt\n"
 
 
+def test_the_optimizer_the_average_and_the_number_of_processes(run: Run, tmp_path: Path) -> None:
+    namespace: dict[str, Any] = {}
+    exec(NETS, namespace)
+    average = torch.optim.swa_utils.AveragedModel(namespace["Net"]())  # its statistics are 0 and 1 still
+    torch.save(average.state_dict(), tmp_path / "average.pt")
+    given = [
+        "--optimizer",
+        "nets:decay",
+        "--averaged",
+        "average.pt",
+        "--world-size",
+        "4",
+        "--data",
+        "nets:few",
+    ]
+    result = run("check", "nets:healthy", *given, "--select", "BN014,BN016,BN017", "--json", "-")
+    found = {each["code"]: each for each in json.loads(result.stdout)["findings"]}
+    assert set(found) == {"BN014", "BN016", "BN017"}
+    assert found["BN014"]["evidence"]["decay"] == {"γ": 0.01, "β": 0.01}
+    assert found["BN016"]["evidence"] == {"samples": 8, "world_size": 4}
+    assert found["BN017"]["evidence"]["layers"] == ["bn"]
+    assert result.exit_code == 1
+
+
+def test_what_it_did_not_look_at_is_told_by_the_options(run: Run) -> None:
+    told = run("check", "nets:healthy", "--data", "nets:same").stdout
+    assert "not looked at: 4 rules that need --averaged, --optimizer, --world-size" in told.replace("\n", " ")
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -321,7 +359,29 @@ def test_text_in_a_file_is_what_the_terminal_shows(run: Run, tmp_path: Path) -> 
         (["nets:keras", "--ignore", "X"], "ignore: got 'X'"),
         (["nets:keras", "--select", "BN101"], "1 rule that needs batches (--data)."),
         (["net.pt", "--select", "BN004"], "1 rule that needs a model (MODULE:FACTORY)."),
-        (["nets:keras", "--select", "BN017"], "1 rule that needs averaged= (batchnorm.check in Python)."),
+        (["nets:keras", "--select", "BN017"], "1 rule that needs --averaged."),
+        (["nets:keras", "--select", "BN017,BN014"], "2 rules that need --averaged, --optimizer."),
+        (["net.pt", "--optimizer", "nets:decay"], "--optimizer: got nets:decay beside the checkpoint net.pt"),
+        (["net.pt", "--averaged", "net.pt"], "--averaged: got net.pt beside the checkpoint net.pt"),
+        (["net.pt", "--world-size", "4"], "--world-size: got 4 beside the checkpoint net.pt"),
+        (["nets:keras", "--averaged", "nowhere.pt"], "--averaged: got nowhere.pt, no such file"),
+        (["nets:keras", "--averaged", "net.pt"], "--averaged net.pt: got no conv.weight"),
+        (["nets:keras", "--averaged", "whole.pt"], "--averaged whole.pt: got a file that holds more"),
+        (["nets:keras", "--optimizer", "nets:nothere"], "no 'nothere' in nets"),
+        (
+            ["nets:keras", "--optimizer", "nets:number"],
+            "got a function that takes no arguments, expected a function of",
+        ),
+        (
+            ["nets:keras", "--optimizer", "nets:two"],
+            "got a function that needs model, lr, expected a function of",
+        ),
+        (["nets:keras", "--optimizer", "nets:unpaid"], "--optimizer nets:unpaid raised TypeError: no lr"),
+        (
+            ["nets:keras", "--optimizer", "nets:parameters"],
+            "expected a function of the model that returns a torch",
+        ),
+        (["nets:keras", "--averaged", "net.pt", "--json", "net.pt"], "net.pt, which is read"),
         (["nets:keras", "--format", "html"], "Add --out check.html"),
         (["nets:keras", "--format", "html", "-o", "r.txt"], "ends in .html"),
         (["nets:keras", "-o", "no/r.txt"], "mkdir -p no"),

@@ -12,8 +12,9 @@ from batchnorm._errors import BatchNormError, DataError, InputError, ModelError,
 
 if TYPE_CHECKING:
     from torch import nn
+    from torch.optim import Optimizer
 
-__all__ = ["is_spec", "load_data", "load_model"]
+__all__ = ["is_spec", "load_data", "load_model", "load_optimizer"]
 
 
 def is_spec(text: str) -> bool:
@@ -66,7 +67,33 @@ def load_data(spec: str, option: str) -> Any:
     return _call(_load(spec, option), spec, option, DataError)
 
 
-def _load(spec: str, option: str) -> Callable[[], Any]:
+def load_optimizer(spec: str, option: str) -> "Callable[[nn.Module], Optimizer]":
+    """Return a function that makes the optimizer of a model, checked to be one.
+
+    Raises:
+        InputError: `spec` does not lead to something that can be called.
+        ModelError: from the returned function, when the user's fails or returns something else.
+    """
+    from torch.optim import Optimizer
+
+    factory = _load(spec, option)
+
+    def make_optimizer(model: "nn.Module") -> Optimizer:
+        optimizer = _call(factory, spec, option, ModelError, model)
+        if not isinstance(optimizer, Optimizer):
+            raise ModelError(
+                message(
+                    f"{option} {spec}",
+                    got=_kind(optimizer),
+                    expected="a function of the model that returns a torch.optim.Optimizer",
+                )
+            )
+        return optimizer
+
+    return make_optimizer
+
+
+def _load(spec: str, option: str) -> Callable[..., Any]:
     module_name, _, attribute = spec.partition(":")
     if not module_name or not attribute:
         raise InputError(
@@ -103,20 +130,24 @@ def _load(spec: str, option: str) -> Callable[[], Any]:
 
 
 def _call(
-    factory: Callable[[], Any], spec: str, option: str, error_type: type[ModelError] | type[DataError]
+    factory: Callable[..., Any],
+    spec: str,
+    option: str,
+    error_type: type[ModelError] | type[DataError],
+    *arguments: Any,
 ) -> Any:
     try:
-        return factory()
+        return factory(*arguments)
     except BatchNormError:
         raise
     except (Exception, SystemExit) as error:  # a script may end itself
-        needed = _needed(factory) if isinstance(error, TypeError) else []
-        if needed:
+        wrong = _unfit(factory, len(arguments)) if isinstance(error, TypeError) else ""
+        if wrong:
             raise error_type(
                 message(
                     f"{option} {spec}",
-                    got=f"a function that needs {', '.join(needed)}",
-                    expected="a function without arguments",
+                    got=f"a function that {wrong}",
+                    expected="a function of the model" if arguments else "a function without arguments",
                     fix="Write one that calls it.",
                 )
             ) from error
@@ -125,14 +156,23 @@ def _call(
         ) from error
 
 
-def _needed(factory: Callable[[], Any]) -> list[str]:
-    """The arguments that a call must give."""
+def _unfit(factory: Callable[..., Any], given: int) -> str:
+    """Why a function cannot be called with so many arguments, "" if it can be."""
     try:
-        parameters = inspect.signature(factory).parameters.values()
+        signature = inspect.signature(factory)
     except (TypeError, ValueError):
-        return []
-    variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    return [p.name for p in parameters if p.default is p.empty and p.kind not in variable]
+        return ""
+    try:
+        signature.bind(*[None] * given)
+    except TypeError:
+        variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+        needed = [
+            each.name
+            for each in signature.parameters.values()
+            if each.default is each.empty and each.kind not in variable
+        ]
+        return f"needs {', '.join(needed)}" if len(needed) > given else "takes no arguments"
+    return ""
 
 
 def _where(error: BaseException, module_name: str, attribute: str, folder: str) -> str:

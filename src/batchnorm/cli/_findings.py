@@ -79,27 +79,28 @@ def _finding(finding: "Finding") -> _Lines:
 def unseen(not_run: Mapping[str, str]) -> str:
     """How many rules lack what, in the words of the command line."""
     counts = Counter(_needed(why) for why in not_run.values())
-    arguments = sorted({word for why in not_run.values() for word in why.split() if word.endswith("=")})
-    said = []
-    for need, number in counts.most_common():
-        what = (
-            f"{', '.join(each for each in arguments if each != _BATCHES)} {need}" if need == _PYTHON else need
-        )
-        said.append(f"{number} rule{'s that need' if number != 1 else ' that needs'} {what}")
-    return ", ".join(said)
+    options = sorted(need for need in counts if need.startswith("--"))
+    if options:  # one option is one or two rules
+        counts[", ".join(options)] = sum(counts.pop(each) for each in options)
+    return ", ".join(
+        f"{number} rule{'s that need' if number != 1 else ' that needs'} {need}"
+        for need, number in counts.most_common()
+    )
 
 
-_BATCHES = "batches="
-_PYTHON = "(batchnorm.check in Python)"
+# By what `Findings.not_run` calls it; what stands first is told of a rule that lacks several.
+_OPTIONS = {
+    "a model": "a model (MODULE:FACTORY)",
+    "batches=": "batches (--data)",
+    "averaged=": "--averaged",
+    "optimizer=": "--optimizer",
+    "world_size=": "--world-size",
+}
 
 
 def _needed(why: str) -> str:
-    """What the command line would have to be given; what it has no option for, the function has."""
-    if "a model" in why:
-        return "a model (MODULE:FACTORY)"
-    if _BATCHES in why:
-        return "batches (--data)"
-    return _PYTHON if "=" in why else why
+    """What the command line would have to be given."""
+    return next((option for need, option in _OPTIONS.items() if need in why), why)
 
 
 def github(findings: "Findings") -> str:

@@ -29,21 +29,21 @@ def check_format(path: Path) -> None:
         _safetensors()
 
 
-def load_weights(model: nn.Module, path: Path) -> None:
-    """Load a state dict into the model, all of it or nothing.
+def load_weights(model: nn.Module, path: Path, option: str = "--weights") -> None:
+    """Load a state dict into the model, all of it or nothing; `option` is for what errors say.
 
     Raises:
         DataError: a file that is not there, cannot be read safely, or holds no state dict.
         ModelError: weights of another model.
         MissingDependencyError: the format needs a package that is not installed.
     """
-    state = _unwrapped(_read(path), model.state_dict())
+    state = _unwrapped(_read(path, option), model.state_dict())
     wrong = _differences(model, state)
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise ModelError(
             message(
-                f"--weights {path}",
+                f"{option} {path}",
                 got="; ".join(wrong[:3]) + more,
                 expected="the weights of this model",
                 fix="Give the factory of the model that they were saved from.",
@@ -89,14 +89,14 @@ def _has_norms(state: Mapping[Any, Any]) -> bool:
     return any(str(key).endswith("running_mean") for key in state)
 
 
-def _read(path: Path) -> dict[str, Tensor]:
-    loaded = _loaded(path, "--weights", "Save model.state_dict() instead of the model.")
+def _read(path: Path, option: str) -> dict[str, Tensor]:
+    loaded = _loaded(path, option, "Save model.state_dict() instead of the model.")
     if isinstance(loaded, Mapping) and not _is_state(loaded):
         loaded = next((loaded[key] for key in _KEYS if isinstance(loaded.get(key), Mapping)), loaded)
     if not isinstance(loaded, Mapping) or not _is_state(loaded):
         raise DataError(
             message(
-                f"--weights {path}",
+                f"{option} {path}",
                 got=f"a {type(loaded).__name__}",
                 expected="a state dict: names and tensors",
             )

@@ -8,6 +8,7 @@ import typer
 
 from batchnorm._errors import InputError, message
 from batchnorm._files import check_writable, write_whole
+from batchnorm.cli._check_inputs import Inputs
 from batchnorm.cli._output import (
     STDOUT,
     JsonTarget,
@@ -18,13 +19,10 @@ from batchnorm.cli._output import (
     same_file,
     stderr,
     stdout,
-    users_code,
     write_json,
 )
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from batchnorm.checks import Findings
     from batchnorm.checks.finding import Severity
 
@@ -79,6 +77,20 @@ def command(
             help="Weights to load into the model first.  [default: what it comes with]",
         ),
     ] = None,
+    optimizer: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODULE:FUNCTION",
+            help="A function of the model that returns the optimizer it is trained by, for weight decay.",
+        ),
+    ] = None,
+    averaged: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Weights of an averaged copy of the model (EMA, SWA)."),
+    ] = None,
+    world_size: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="How many processes train the model.  [default: 1]")
+    ] = None,
     batches: Annotated[int, typer.Option(min=1, metavar="N", help="How many batches are run at most.")] = 8,
     select: Annotated[
         list[str] | None,
@@ -111,8 +123,20 @@ def command(
     """
     with guarded(context):
         form = _format(form, out)
-        _check_targets(form, out, json, [weights, Path(model)])
-        findings = _findings(model, data, weights, batches, _codes(select), _codes(ignore), device)
+        given = Inputs(
+            model,
+            batches,
+            device,
+            _codes(select),
+            _codes(ignore),
+            weights=weights,
+            data=data,
+            optimizer=optimizer,
+            averaged=averaged,
+            world_size=world_size,
+        )
+        _check_targets(form, out, json, given.files)
+        findings = given.findings()
         _present(findings, form, out, json)
         if fail_on is not FailOn.NEVER and findings.at_least(cast("Severity", fail_on.value)):
             raise typer.Exit(_FOUND)
@@ -128,7 +152,7 @@ def _format(form: Format | None, out: Path | None) -> Format:
     return form
 
 
-def _check_targets(form: Format, out: Path | None, json: str | None, read: list[Path | None]) -> None:
+def _check_targets(form: Format, out: Path | None, json: str | None, read: list[Path]) -> None:
     """Find out before the work that a result could not be written, or would stand over what is read."""
     if form is Format.HTML and out is not None:
         check_page_target(out, "--out")
@@ -141,7 +165,7 @@ def _check_targets(form: Format, out: Path | None, json: str | None, read: list[
     if out is not None and beside is not None and same_file(out, beside):
         raise InputError(message("--json", got=f"the same file as --out, {out}", expected="another file"))
     for option, target in (("--out", out), ("--json", beside)):
-        if target is not None and any(file is not None and same_file(file, target) for file in read):
+        if target is not None and any(same_file(file, target) for file in read):
             raise InputError(
                 message(option, got=f"{target}, which is read", expected="another file than the input")
             )
@@ -150,144 +174,6 @@ def _check_targets(form: Format, out: Path | None, json: str | None, read: list[
 def _codes(given: list[str] | None) -> list[str] | None:
     """One option may name several, with commas or spaces between them."""
     return None if given is None else [code for part in given for code in part.replace(",", " ").split()]
-
-
-def _findings(
-    source: str,
-    data: str | None,
-    weights: Path | None,
-    batches: int,
-    select: list[str] | None,
-    ignore: list[str] | None,
-    device: str,
-) -> "Findings":
-    from batchnorm.checks.rule import chosen
-    from batchnorm.cli._factory import is_spec
-
-    chosen(select, ignore)  # a misspelled code is told before the model is made
-    if Path(source).exists() or not is_spec(source):
-        findings = _of_file(source, data, weights, select, ignore)
-    else:
-        findings = _of_model(source, data, weights, batches, select, ignore, device)
-    if select is not None and findings.not_run and not findings.ran:
-        from batchnorm.cli._findings import unseen
-
-        raise InputError(
-            message(
-                "--select",
-                got=", ".join(select),
-                expected="a rule that can look at what is given",
-                fix=f"Not looked at: {unseen(findings.not_run)}.",
-            )
-        )
-    return findings
-
-
-def _of_file(
-    source: str,
-    data: str | None,
-    weights: Path | None,
-    select: list[str] | None,
-    ignore: list[str] | None,
-) -> "Findings":
-    import batchnorm
-    from batchnorm.cli._weights import read_state
-
-    if not Path(source).exists():
-        raise InputError(
-            message(
-                "MODEL",
-                got=f"{source!r}, no such file",
-                expected="MODULE:FACTORY, or a file with weights",
-                fix=f"A function is given with its module, as in {_as_spec(source)}.",
-            )
-        )
-    if Path(source).suffix == ".py":
-        raise InputError(
-            message(
-                "MODEL",
-                got=f"{source}, a file with code",
-                expected="MODULE:FACTORY, or a file with weights",
-                fix=f"Give the function in it: {Path(source).stem}:FACTORY.",
-            )
-        )
-    for option, value in (("--data", data), ("--weights", weights)):
-        if value is not None:
-            raise InputError(
-                message(
-                    option,
-                    got=f"{value} beside the checkpoint {source}",
-                    expected="a model to go with it",
-                    fix=f"batchnorm check MODULE:FACTORY --weights {source}.",
-                )
-            )
-    return batchnorm.check(read_state(Path(source), "MODEL"), select=select, ignore=ignore)
-
-
-def _as_spec(source: str) -> str:
-    module, dot, name = source.rpartition(".")
-    return f"{module}:{name}" if dot and name.isidentifier() else "my_nets:make_net"
-
-
-def _of_model(
-    source: str,
-    data: str | None,
-    weights: Path | None,
-    batches: int,
-    select: list[str] | None,
-    ignore: list[str] | None,
-    device: str,
-) -> "Findings":
-    import batchnorm
-    from batchnorm.cli._check_progress import CheckDisplay
-
-    network = _model(source, weights, device)
-    if data is None:
-        return batchnorm.check(network, select=select, ignore=ignore)
-    from batchnorm.checks._batches import forwards
-    from batchnorm.cli._factory import load_data
-
-    with users_code():
-        loader = _training(load_data(data, "--data"), data)
-    with CheckDisplay(stderr()) as display, users_code():
-        number = min(batches, _length(loader, batches))
-        display.start(forwards(network, number), number)
-        return batchnorm.check(
-            network,
-            batches=loader,
-            select=select,
-            ignore=ignore,
-            max_batches=batches,
-            progress=display.forward,
-        )
-
-
-def _training(loader: Any, spec: str) -> Any:
-    """Of a training and a test loader, as `batchnorm compare` takes them, the first."""
-    from torch.utils.data import DataLoader
-
-    if isinstance(loader, tuple | list) and loader and all(isinstance(each, DataLoader) for each in loader):
-        stderr().print(f"note: {spec} gives {len(loader)} loaders: the first is used", markup=False)
-        return loader[0]
-    return loader
-
-
-def _length(loader: Any, otherwise: int) -> int:
-    try:
-        return len(loader)
-    except (TypeError, NotImplementedError):  # an iterator, or data without a length
-        return otherwise
-
-
-def _model(spec: str, weights: Path | None, device: str) -> "nn.Module":
-    from batchnorm.cli._factory import load_model
-    from batchnorm.cli._weights import load_weights, place
-
-    with users_code():
-        network = load_model(spec, "MODEL")()
-    if weights is not None:
-        load_weights(network, weights)
-    return place(network, device)
 
 
 def _present(findings: "Findings", form: Format, out: Path | None, json: str | None) -> None:
