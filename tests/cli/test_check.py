@@ -122,7 +122,9 @@ def test_findings_are_told_the_worst_first(run: Run) -> None:
         "warning BN004: momentum in the other framework's convention\n"
     )
     assert "1 error, 1 warning: 1 batch norm looked at by" in result.stdout
-    assert "not looked at: 13 rules that need batches (--data), 3 rules that need --averaged," in result.stdout
+    assert (
+        "not looked at: 13 rules that need batches (--data), 3 rules that need --averaged," in result.stdout
+    )
     assert not [line for line in result.stdout.splitlines() if line != line.rstrip()]
 
 
