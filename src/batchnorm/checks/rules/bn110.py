@@ -1,9 +1,9 @@
 """One layer is fed from several sources whose statistics differ.
 
 The layer is called several times in one forward, and what it gets at one place differs from what it gets at another, in
-the same way in every batch: means by more than half a σ, or variances by more than a factor of four (median channel).
-In training each call is normalized by its own statistics. The running ones are a mixture that fits none of them, so
-eval normalizes both wrongly.
+the same way in every batch: means by more than half a σ, or variances by more than a factor of four, in a quarter of
+the channels or more, and by more than chance does to so few samples. In training each call is normalized by its own
+statistics. The running ones are a mixture that fits none of them, so eval normalizes both wrongly.
 
 ## How it comes about
 
@@ -51,7 +51,8 @@ def BN110(self: Rule, evidence: Evidence) -> Iterator[Finding]:  # noqa: N802 - 
     yield self.finding(
         name,
         f"{worst.calls} calls a forward: what call {worst.second + 1} gets is {worst.mean:.1f} σ from what call "
-        f"{worst.first + 1} gets, its variance {worst.factor:.1f} times apart (median channel, in every batch)",
+        f"{worst.first + 1} gets, its variance {worst.factor:.1f} times apart (a quarter of the channels, "
+        "in every batch)",
         cause="training normalizes each by its own statistics, eval all by their mixture, which fits none",
         fix='batchnorm.convert(model, "domain")',
         also=tuple(each for _, each in found if each != name),
