@@ -59,6 +59,27 @@ def negatives() -> Broken:
 
 
 @broken
+def faded() -> Broken:
+    """two-headed conv net for fresh digits and for faded ones, which have six tenths of the ink"""
+
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = conv_net()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.cat([self.net(x), self.net(0.6 * x)], 1)
+
+    def twice(logits: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(logits[:, :10], y) + F.cross_entropy(logits[:, 10:], y)
+
+    data = shuffled(digits())
+    model = Both()
+    fit(model, loader(data), 120, loss=twice)
+    return Broken(model, {"BN110": "net.1"}, {"batches": loader(data)}, follows=("BN101",))
+
+
+@broken
 def one_head_and_few_pictures() -> Broken:
     """pyramid with one head for three scales, six pictures a batch"""
     data = shuffled(digits())

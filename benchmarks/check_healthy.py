@@ -254,6 +254,13 @@ def _inked() -> Data:
     return rows[:, rows.amax(0) > 0], y
 
 
+def _noisy_pairs() -> Data:
+    """The second picture of each pair from a camera with a little more noise."""
+    x, y = pairs()
+    x[:, 1] += 0.1 * torch.randn_like(x[:, 1])
+    return x, y
+
+
 def _rows_in_pairs() -> Data:
     x, y = shuffled(table("breast_cancer"))
     x, y = x[:568], y[:568]
@@ -276,6 +283,11 @@ OWN: dict[str, Callable[[], tuple[nn.Module, Data, dict[str, Any]]]] = {
     "1-d conv net on sequences": lambda: (Sequences(28, 10), spoken(), {}),
     "3-d conv net on volumes": lambda: (Volumes(), volumes(), {}),
     "siamese conv net": lambda: (Siamese(conv_net()), pairs(), {"loss": F.mse_loss}),
+    "siamese conv net, more noise in the second picture": lambda: (
+        Siamese(conv_net()),
+        _noisy_pairs(),
+        {"loss": F.mse_loss},
+    ),
     "siamese MLP on a table, pairs of eight": lambda: (
         Siamese(mlp(30, 16)),
         _rows_in_pairs(),

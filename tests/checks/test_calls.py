@@ -1,5 +1,6 @@
 """BN104 to BN106, BN110, BN111 and BN113: what calls of layers, loaders and optimizers show."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -212,6 +213,20 @@ def test_what_scatters_from_batch_to_batch_is_chance_too() -> None:
         for site in range(2):
             calls.append(call_of(torch.randn(1000, 4, 1) + step * site, batch, site))
     assert list(rule.find(made_up(calls))) == []
+
+
+@pytest.mark.parametrize(
+    ("gap", "noise", "says"), [(0.25, 0.1, 0), (0.9, 0.1, 1), (0.9, 0.7, 0), (None, None, 0)]
+)
+def test_smaller_differences_count_where_the_outputs_differ(
+    gap: float | None, noise: float | None, says: int
+) -> None:
+    calls = [shifted(8, 0.4, batch, site, 2000) for batch in range(4) for site in range(2)]
+    evidence = made_up(calls)
+    run = replace(evidence.run, gap=() if gap is None else (gap,), neighbours_train=noise)
+    assert len(list(rule_named("BN110").find(replace(evidence, run=run)))) == says
+    alike = [shifted(8, 0.1, batch, site, 2000) for batch in range(4) for site in range(2)]
+    assert not list(rule_named("BN110").find(replace(made_up(alike), run=run)))
 
 
 def test_sources_that_change_places_from_batch_to_batch() -> None:

@@ -49,6 +49,7 @@ from batchnorm.checks.measures import (
     from_batches,
     is_fresh,
     median,
+    outputs_differ,
     quarter_above,
     scatter,
     share_of_data,
@@ -62,11 +63,6 @@ from batchnorm.checks.rule import Rule, rule
 
 __all__ = ["BN101"]
 
-# Outputs apart by less than this share of their spread change few decisions. Trained networks on the digits: 0.15 to
-# 0.3 with shuffled batches, above 0.8 with sorted ones.
-_GAP = 0.3
-# And by this much more than where half of a batch's samples are replaced, which is the noise of batch statistics.
-_OVER_NOISE = 1.5
 _OFF = 0.25  # σ of the running mean
 _FACTOR = 2.0  # of the running variance
 _FAST, _FEW = 0.5, 0.95
@@ -93,7 +89,7 @@ _ZEROS = 0.3
 )
 def BN101(self: Rule, evidence: Evidence) -> Iterator[Finding]:  # noqa: N802 - named as its code
     """Compare running statistics with those of training-mode calls, where the outputs differ."""
-    if not _outputs_differ(evidence):
+    if not outputs_differ(evidence.run):
         return
     judged = (
         _state(layer, seen, evidence) for layer, seen in evidence.observed() if _comparable(layer, seen)
@@ -134,14 +130,6 @@ def _told(gap: float) -> str:
             "the network's outputs are NaN, infinite or all the same in eval mode, and not in training mode"
         )
     return f"the network's outputs in training and eval mode are {100 * gap:.0f} % of their spread apart"
-
-
-def _outputs_differ(evidence: Evidence) -> bool:
-    run = evidence.run
-    if not run.gap:
-        return False
-    noise = run.neighbours_train or 0.0
-    return statistics.median(run.gap) > max(_GAP, _OVER_NOISE * noise)
 
 
 def _comparable(layer: Layer, seen: Seen) -> bool:
