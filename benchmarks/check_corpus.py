@@ -18,6 +18,7 @@ from collections.abc import Callable
 from typing import Any
 
 import check_broken_calls
+import check_broken_held_out
 import check_broken_layers
 import check_broken_runs
 import check_broken_training
@@ -34,7 +35,13 @@ from batchnorm.bench.machine import describe
 from batchnorm.checks.rule import all_rules
 
 KIND, PAGE = "check", pages.DOCS / "checking.md"
-MODULES = (check_broken_layers, check_broken_training, check_broken_runs, check_broken_calls)
+MODULES = (
+    check_broken_layers,
+    check_broken_training,
+    check_broken_runs,
+    check_broken_calls,
+    check_broken_held_out,
+)
 SPEED = "speed of check"
 
 Run = dict[str, Any]

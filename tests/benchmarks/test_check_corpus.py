@@ -54,6 +54,10 @@ QUICK = [
     "accumulated_by_four",
     "wrong_gradient",
     "contrastive_table",
+    "two_recorders",
+    "faded",
+    "pruned_everywhere",
+    "stuck_at_the_lowest",
 ]
 
 

@@ -1,5 +1,6 @@
-"""BN104 to BN106, BN108, BN110, BN111 and BN113: what calls of layers, loaders and optimizers show."""
+"""BN104 to BN106, BN110, BN111 and BN113: what calls of layers, loaders and optimizers show."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -148,55 +149,6 @@ def test_a_mask_leaves_it_out() -> None:
     assert found(Masked(), "BN106", batches=[sequences([20, 14, 16, 18])]) == ()
 
 
-# BN108
-
-
-def experienced(norm: Any) -> Any:
-    norm.running_var.fill_(1)
-    norm.num_batches_tracked.fill_(100)
-    return norm
-
-
-def test_a_column_that_never_changes_here() -> None:
-    batches = [torch.randn(16, 5) for _ in range(4)]
-    for batch in batches:
-        batch[:, 3] = 0.7
-    model = nn.Sequential(experienced(nn.BatchNorm1d(5)), nn.Linear(5, 2))
-    finding = only(model, "BN108", batches=batches)
-    assert (finding.severity, finding.module) == ("warning", "0")
-    assert finding.message == "1 of 5 channels are constant in these batches (3)"
-    # The same inside a network is common.
-    inside = nn.Sequential(nn.Identity(), nn.Linear(5, 5), experienced(nn.BatchNorm1d(5)))
-    with torch.no_grad():
-        inside[1].weight[2] = 0
-    finding = only(inside, "BN108", batches=batches)
-    assert (finding.severity, finding.evidence["channels"]) == ("info", 1)
-
-
-def test_a_column_that_is_the_same_in_all_of_a_batch() -> None:
-    batches = [torch.randn(16, 20) for _ in range(6)]
-    for number, batch in enumerate(batches):
-        batch[:, 3] = float(number)
-    finding = only(experienced(nn.BatchNorm1d(20)), "BN108", batches=batches)
-    assert (finding.severity, finding.evidence["differ"]) == ("warning", 1)
-    assert "constant within each batch, and differ between batches" in finding.message
-
-
-def test_constant_channels_that_are_no_news() -> None:
-    batches = [torch.randn(16, 5) for _ in range(4)]
-    for batch in batches:
-        batch[:, 3] = 0.7
-    never_varied, unused = experienced(nn.BatchNorm1d(5)), experienced(nn.BatchNorm1d(5))
-    never_varied.running_var[3] = 0
-    with torch.no_grad():
-        unused.weight[3] = 0
-    for model in (never_varied, unused, batchnorm.freeze(experienced(nn.BatchNorm1d(5))).model):
-        assert found(model, "BN108", batches=batches) == ()
-    assert found(experienced(nn.BatchNorm1d(5)), "BN108", batches=[torch.randn(16, 5)] * 4) == ()
-    small = [torch.randn(16, 5) * torch.tensor([1, 1, 1, 1e-3, 1]) for _ in range(4)]
-    assert found(experienced(nn.BatchNorm1d(5)), "BN108", batches=small) == ()
-
-
 # BN110
 
 
@@ -220,6 +172,61 @@ def test_sources_that_are_alike() -> None:
     assert found(untracked, "BN110", batches=batches) == ()
     # Small batches of the same source, apart by chance.
     assert found(Twice(), "BN110", batches=[torch.randn(4, 3) for _ in range(8)]) == ()
+
+
+def shifted(channels: int, shift: float, batch: int, site: int, samples: int = 32) -> Any:
+    """Eight channels, of which some are higher at the second place."""
+    x = torch.randn(samples, 8, 1)
+    x[:, :channels] += shift * site
+    return call_of(x, batch, site)
+
+
+@pytest.mark.parametrize(("channels", "says"), [(8, 1), (3, 1), (2, 0), (0, 0)])
+def test_sources_that_differ_in_some_channels(channels: int, says: int) -> None:
+    """A quarter of the channels must show it: two of eight are on the border."""
+    calls = [shifted(channels, 1.5, batch, site) for batch in range(4) for site in range(2)]
+    findings = list(rule_named("BN110").find(made_up(calls)))
+    assert len(findings) == says
+    assert all("a quarter of the channels" in each.message for each in findings)
+
+
+@pytest.mark.parametrize("samples", [1, 2, 3, 4, 8])
+def test_few_samples_of_one_source_are_apart_by_chance(samples: int) -> None:
+    rule = rule_named("BN110")
+    for _ in range(150):
+        width = float(torch.rand(()) + 0.5)
+        x = [width * torch.randn(samples, 1, 6) + torch.randn(samples, 4, 6).cumsum(1) for _ in range(6)]
+        calls = [call_of(each, number // 2, number % 2) for number, each in enumerate(x)]
+        assert list(rule.find(made_up(calls))) == []
+
+
+def test_few_samples_of_two_sources_are_found() -> None:
+    calls = [shifted(8, 4.0, batch, site, 4) for batch in range(8) for site in range(2)]
+    assert [each.module for each in rule_named("BN110").find(made_up(calls))] == ["norm"]
+
+
+def test_what_scatters_from_batch_to_batch_is_chance_too() -> None:
+    """Frames of one clip a batch: a thousand rows that are one sample, and places that are apart in every batch."""
+    rule, steps = rule_named("BN110"), (0.6, 5.0, 0.7)
+    calls = []
+    for batch, step in enumerate(steps):
+        for site in range(2):
+            calls.append(call_of(torch.randn(1000, 4, 1) + step * site, batch, site))
+    assert list(rule.find(made_up(calls))) == []
+
+
+@pytest.mark.parametrize(
+    ("gap", "noise", "says"), [(0.25, 0.1, 0), (0.9, 0.1, 1), (0.9, 0.7, 0), (None, None, 0)]
+)
+def test_smaller_differences_count_where_the_outputs_differ(
+    gap: float | None, noise: float | None, says: int
+) -> None:
+    calls = [shifted(8, 0.4, batch, site, 2000) for batch in range(4) for site in range(2)]
+    evidence = made_up(calls)
+    run = replace(evidence.run, gap=() if gap is None else (gap,), neighbours_train=noise)
+    assert len(list(rule_named("BN110").find(replace(evidence, run=run)))) == says
+    alike = [shifted(8, 0.1, batch, site, 2000) for batch in range(4) for site in range(2)]
+    assert not list(rule_named("BN110").find(replace(made_up(alike), run=run)))
 
 
 def test_sources_that_change_places_from_batch_to_batch() -> None:

@@ -1,4 +1,4 @@
-"""BN101, BN102, BN103 and BN107: statistics that do not fit the batches."""
+"""BN101, BN102 and BN107: statistics that do not fit the batches."""
 
 import copy
 import sys
@@ -207,51 +207,6 @@ def test_rounding_is_no_dependence(dtype: torch.dtype) -> None:
         assert found(model, "BN102", batches=[torch.randn(size, 16, dtype=dtype)]) == ()
     # Too few samples to replace some.
     assert found(Stubborn(), "BN102", batches=[torch.randn(3, 3)]) == ()
-
-
-# BN103
-
-
-def test_the_standard_error_of_small_batches() -> None:
-    net = digits_net()
-    x, _ = digits()
-    finding = only(net, "BN103", batches=list(x[:32].split(4)))
-    assert (finding.severity, finding.module, finding.also) == ("warning", "8", ())
-    assert finding.evidence["values"] == 4
-    assert finding.evidence["standard_error"] == pytest.approx(1 / 4**0.5)
-    eight = only(net, "BN103", batches=list(x[:64].split(8)))
-    assert (eight.severity, eight.module) == ("info", "8")
-    assert found(net, "BN103", batches=list(x[:128].split(16))) == ()
-
-
-def test_positions_of_one_sample_do_not_make_up_for_samples() -> None:
-    """A thousand positions that are all alike: two values."""
-    model = nn.BatchNorm2d(4)
-    alike = [torch.randn(2, 4, 1, 1) + 0.05 * torch.randn(2, 4, 32, 32) for _ in range(4)]
-    finding = only(model, "BN103", batches=alike)
-    assert (finding.severity, finding.evidence["values"]) == ("warning", 2048)
-    assert found(model, "BN103", batches=[torch.randn(2, 4, 32, 32)]) == ()
-
-
-def test_several_processes_and_layers_that_bear_few_values() -> None:
-    x = [torch.randn(4, 3) for _ in range(4)]
-    evidence = made_up([call_of(batch[:, :, None], index) for index, batch in enumerate(x)])
-    rule = rule_named("BN103")
-    assert [each.severity for each in rule.find(evidence)] == ["warning"]
-    for layer, processes, expected in (
-        ({"synchronized": True}, 8, []),
-        ({"synchronized": True}, 2, ["info"]),
-        ({"synchronized": False}, 8, ["warning"]),
-        ({"kind": "BatchRenorm"}, 1, []),
-    ):
-        assert [each.severity for each in rule.find(changed(evidence, layer, processes))] == expected
-    assert not list(rule.find(made_up(evidence.seen["norm"].train, training=False)))
-
-
-def changed(evidence: Any, layer: dict[str, Any], processes: int) -> Any:
-    from dataclasses import replace
-
-    return replace(evidence, layers=(replace(evidence.layers[0], **layer),), world_size=processes)
 
 
 # BN107

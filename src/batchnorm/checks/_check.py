@@ -22,6 +22,8 @@ __all__ = ["check"]
 
 # What only these rules need and what takes time of its own.
 _PROBES = {"BN109": "timing", "BN112": "self-test"}
+# Rules that do without a graph, and say more with one.
+_LOOK_AROUND = frozenset({"BN101"})
 
 _MISSING: dict[Need, str] = {
     "model": "a model: this is a state dict",
@@ -122,7 +124,7 @@ def check(
         world_size,
         forward,
         max_batches,
-        any("graph" in rule.needs for rule in rules.values()),
+        not _LOOK_AROUND.isdisjoint(rules) or any("graph" in rule.needs for rule in rules.values()),
         progress or (lambda done: None),
         compiled(model),
         frozenset(probe for code, probe in _PROBES.items() if code in rules),

@@ -1,11 +1,14 @@
 """What stands right before and behind every batch norm in the forward, as far as torch.fx can follow it."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
+from torch.nn.parameter import is_lazy
 
 from batchnorm._errors import ModelError
 from batchnorm._walk import copied
@@ -28,8 +31,9 @@ _DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d)
 def neighbours(model: nn.Module, norms: Norms) -> tuple[dict[str, Neighbours], str]:
     """Of every layer that a part of the forward calls, by name; and why not all of the forward could be followed."""
     wanted = {id(module): name for name, module in norms}
-    parts, problem = trace_parts(model, lambda module: id(module) in wanted, training=None)
-    stays, absorbed = _stays(model), _absorbed(model)
+    with _computed_weights_cut_off(model):
+        parts, problem = trace_parts(model, lambda module: id(module) in wanted, training=None)
+        stays, absorbed = _stays(model), _absorbed(model)
     found: dict[str, Neighbours] = {}
     for part in parts:
         links = Links(part, dropped=False)
@@ -37,6 +41,27 @@ def neighbours(model: nn.Module, norms: Norms) -> tuple[dict[str, Neighbours], s
             if part.calls(module):
                 found[name] = _around(part, links, module, stays.get(name, ""), absorbed)
     return found, problem
+
+
+@contextlib.contextmanager
+def _computed_weights_cut_off(model: nn.Module) -> Iterator[None]:
+    """While a model is copied, no weight hangs on the last forward's graph, which deepcopy refuses.
+
+    `torch.nn.utils.prune`, and `weight_norm` and `spectral_norm` of old, compute weights in a hook and leave them.
+    """
+    computed = [
+        (module, name, value)
+        for module in model.modules()
+        for name, value in vars(module).items()
+        if isinstance(value, Tensor) and not value.is_leaf
+    ]
+    for module, name, value in computed:
+        vars(module)[name] = value.detach()
+    try:
+        yield
+    finally:
+        for module, name, value in computed:
+            vars(module)[name] = value
 
 
 def _scratch(model: nn.Module) -> nn.Module:
@@ -79,12 +104,23 @@ def _around(
     return Neighbours(
         before=before,
         before_kind=type(layer).__name__ if layer is not None else "",
+        zeros=_zeros(layer),
         before_bias=before in absorbed,
         dropout_before=dropout,
         dropout=share,
         unfoldable=unfoldable,
         padded_behind=_name_of(part, padded[0]) if padded else "",
     )
+
+
+def _zeros(layer: nn.Module | None) -> float:
+    """The share of a convolution's or linear layer's weights that are exactly 0."""
+    weight = getattr(layer, "weight", None)
+    if layer is None or not kinds.is_producer(layer) or not isinstance(weight, Tensor):
+        return 0.0
+    if is_lazy(weight) or weight.is_meta:
+        return 0.0
+    return float((weight == 0).double().mean()) if weight.numel() else 0.0
 
 
 def _ends_with_its_shift(norm: nn.Module) -> bool:

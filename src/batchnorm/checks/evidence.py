@@ -49,6 +49,7 @@ class Neighbours:
 
     before: str = ""
     before_kind: str = ""
+    zeros: float = 0.0  # the share of that layer's weights that are exactly 0
     before_bias: bool = False  # a bias that only feeds this batch norm: `absorb_bias` would take it
     dropout_before: str = ""  # the dropout between it and what made its input
     dropout: float = 0.0  # the share that it drops

@@ -17,12 +17,15 @@ The finding names the cause that the numbers support, the most specific first:
 - **Momentum too small** for so few updates: the average goes over weights that are long gone. In the first hundred
   updates that holds for every network, and is an "info".
 - **Few values per channel** (BN103): every batch's statistics are noise.
+- **Pruned weights.** 30 % or more of the weights before a layer are exactly 0, and the batch norms before the first
+  such weights still agree with the data. Where there is none before them, the zeros are only mentioned: a network that
+  was pruned, trained on, and given samples of another kind looks the same.
 - **Weights that were changed afterwards** (averaged, pruned, merged), while the first batch norms still agree with the
   data.
 
 If none of these shows, the samples may simply be of another kind than those of the training. That is worth knowing and
-no fault of the model: the finding is an "info" then. It is one, too, after fewer than five updates: such a network has
-not been trained yet.
+no fault of the model: the finding is an "info" then, however large the gap is. It is one, too, after fewer than five
+updates: such a network has not been trained yet.
 
 ## What to do
 
@@ -46,22 +49,20 @@ from batchnorm.checks.measures import (
     from_batches,
     is_fresh,
     median,
+    outputs_differ,
+    quarter_above,
     scatter,
     share_of_data,
     sites_apart,
     standard_error,
     typical,
     usual_high,
+    without_start,
 )
 from batchnorm.checks.rule import Rule, rule
 
 __all__ = ["BN101"]
 
-# Outputs apart by less than this share of their spread change few decisions. Trained networks on the digits: 0.15 to
-# 0.3 with shuffled batches, above 0.8 with sorted ones.
-_GAP = 0.3
-# And by this much more than where half of a batch's samples are replaced, which is the noise of batch statistics.
-_OVER_NOISE = 1.5
 _OFF = 0.25  # σ of the running mean
 _FACTOR = 2.0  # of the running variance
 _FAST, _FEW = 0.5, 0.95
@@ -74,6 +75,9 @@ _SITES = (0.5, 4.0)  # as BN110 has them
 # mode every layer gets what the one before it has normalized, so samples of another kind move single layers little:
 # at most 0.2 σ and a factor of 2.3 for MobileNetV2 and EfficientNet-lite0 with ImageNet's weights on smoothed noise.
 _AGREES, _FAR, _MUCH = 0.15, 1.0, 4.0
+# Share of weights that are exactly 0. Training leaves none; the smallest third of normally distributed ones is 2 % of
+# their square sum, and what pruning takes in earnest is more.
+_ZEROS = 0.3
 
 
 @rule(
@@ -85,7 +89,7 @@ _AGREES, _FAR, _MUCH = 0.15, 1.0, 4.0
 )
 def BN101(self: Rule, evidence: Evidence) -> Iterator[Finding]:  # noqa: N802 - named as its code
     """Compare running statistics with those of training-mode calls, where the outputs differ."""
-    if not _outputs_differ(evidence):
+    if not outputs_differ(evidence.run):
         return
     judged = (
         _state(layer, seen, evidence) for layer, seen in evidence.observed() if _comparable(layer, seen)
@@ -128,14 +132,6 @@ def _told(gap: float) -> str:
     return f"the network's outputs in training and eval mode are {100 * gap:.0f} % of their spread apart"
 
 
-def _outputs_differ(evidence: Evidence) -> bool:
-    run = evidence.run
-    if not run.gap:
-        return False
-    noise = run.neighbours_train or 0.0
-    return statistics.median(run.gap) > max(_GAP, _OVER_NOISE * noise)
-
-
 def _comparable(layer: Layer, seen: Seen) -> bool:
     usable = layer.mean is not None and layer.var is not None and seen.training and not seen.batch_in_eval
     return usable and bool(seen.train) and not is_fresh(layer)
@@ -160,7 +156,7 @@ def _state(layer: Layer, seen: Seen, evidence: Evidence) -> _State | None:
     if scattered is not None:
         distance = max(distance, usual_high(single))
     elif sites is not None:
-        distance = max(distance, median(single))
+        distance = max(distance, quarter_above(single))
     return _State(layer, seen, distance, factor, off or bool(scattered) or bool(sites), scattered, sites)
 
 
@@ -210,14 +206,41 @@ def _cause(worst: _State, states: list[_State], evidence: Evidence) -> tuple[Sev
             f"few values per channel (BN103): the mean of a batch is uncertain by {error:.1f} σ",
             f"larger batches, then {renew}",
         )
-    return _moved(worst, states, renew)
+    zeros = _zeros(worst, states, evidence)
+    if zeros and _agree_before(states, evidence):
+        return "warning", f"{zeros} are exactly 0: they were pruned after the statistics were made", renew
+    return _moved(worst, states, renew, zeros)
 
 
-def _moved(worst: _State, states: list[_State], renew: str) -> tuple[Severity, str, str]:
+def _pruned(state: _State, evidence: Evidence) -> float:
+    """The share of zeros in the weights before a layer, where it is one that pruning leaves."""
+    around = evidence.neighbours.get(state.layer.name)
+    return around.zeros if around is not None and _ZEROS <= around.zeros < 1 else 0.0
+
+
+def _zeros(worst: _State, states: list[_State], evidence: Evidence) -> str:
+    """In words what was pruned before the worst layer or one before it; "" if nothing."""
+    own = _pruned(worst, evidence)
+    if own:
+        return f"{100 * own:.0f} % of the weights before it"
+    before = [each for each in states if each.seen.place < worst.seen.place]
+    share, name = max(((_pruned(each, evidence), each.layer.name) for each in before), default=(0.0, ""))
+    return f"{100 * share:.0f} % of the weights before {name}" if share else ""
+
+
+def _agree_before(states: list[_State], evidence: Evidence) -> bool:
+    """Whether there are batch norms before the first pruned weights, and all of them agree with the samples."""
+    first = min((each.seen.place for each in states if _pruned(each, evidence)), default=0)
+    return _agree([each for each in states if each.seen.place < first])
+
+
+def _agree(states: list[_State]) -> bool:
+    return bool(states) and all(each.mean < _AGREES and not each.off for each in states)
+
+
+def _moved(worst: _State, states: list[_State], renew: str, zeros: str) -> tuple[Severity, str, str]:
     ordered = sorted(states, key=lambda each: each.seen.place)
-    first = ordered[: max(1, len(ordered) // 8)]
-    agree = all(each.mean < _AGREES and not each.off for each in first)
-    if agree and (worst.mean > _FAR or worst.factor > _MUCH):
+    if _agree(ordered[: max(1, len(ordered) // 8)]) and (worst.mean > _FAR or worst.factor > _MUCH):
         return (
             "warning",
             "the first batch norms agree with these samples and this one does not: the weights before it have changed "
@@ -226,7 +249,8 @@ def _moved(worst: _State, states: list[_State], renew: str) -> tuple[Severity, s
         )
     return (
         "info",
-        "the samples are of another kind than those that made the statistics, or the weights have changed since",
+        "the samples are of another kind than those that made the statistics, or the weights have changed since"
+        + (f" ({zeros} are exactly 0)" if zeros else ""),
         f"{renew} with the training data; batchnorm.adapt(model, loader) if it is the data that changed",
     )
 
@@ -234,15 +258,13 @@ def _moved(worst: _State, states: list[_State], renew: str) -> tuple[Severity, s
 def _start_shows(state: _State, share: float) -> bool:
     """Whether the start (0 and 1) is most of the statistics, or they fit better once it is taken out of them."""
     layer, mean, var = state.layer, *typical(state.seen.train)[:2]
-    # What is left of the start's 1 is in every variance; else they have come from elsewhere.
-    if layer.mean is None or layer.var is None or (layer.var < 0.99 * (1 - share)).any():
+    cleared_mean, cleared_var, left = without_start(layer)
+    if layer.mean is None or layer.var is None or not left:
         return False
     if share < 0.5:
         return True
     sigma = (var + (layer.eps or 0.0)).sqrt()
-    cleared_mean = layer.mean / share
-    cleared_var = ((layer.var - (1 - share)) / share).clamp(min=1e-12)
     before = (layer.mean - mean).abs() / sigma + (layer.var / var).log().abs()
-    after = (cleared_mean - mean).abs() / sigma + (cleared_var / var).log().abs()
+    after = (cleared_mean - mean).abs() / sigma + (cleared_var.clamp(min=1e-12) / var).log().abs()
     usable = torch.isfinite(before) & torch.isfinite(after) & (var > 0)
     return bool(usable.any()) and median(after[usable]) < 0.7 * median(before[usable])
