@@ -44,7 +44,7 @@ def answers(job: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """The results of a job, as they come."""
     if job["threads"]:
         torch.set_num_threads(job["threads"])
-    if torch.device(job["device"]).type == "cuda":
+    if job["task"] != "rank" and torch.device(job["device"]).type == "cuda":
         torch.cuda.set_device(torch.device(job["device"]).index or 0)
     if job["task"] == "machine":
         yield machine.answer(job)

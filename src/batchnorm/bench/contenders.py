@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm import nn as ours
 from batchnorm.bench.case import OPERATIONS, Case
@@ -123,9 +124,14 @@ def our_layer(case: Case, given: Inputs) -> nn.Module:
 
 def eager(case: Case, given: Inputs) -> nn.Module:
     """PyTorch's layer, and its functions behind it."""
+    return _Eager(_torchs(case, given), case.epilogue)
+
+
+def _torchs(case: Case, given: Inputs) -> _BatchNorm:
     kind = {2: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}[len(case.shape)]
     layer = kind(case.shape[1], device=given.weight.device, dtype=given.weight.dtype)
-    return _Eager(_loaded(layer, given), case.epilogue)
+    _loaded(layer, given)
+    return layer
 
 
 def synchronized(
@@ -179,7 +185,7 @@ def _cudnn(case: Case, given: Inputs) -> Contender:
     reason = why_not(case)
     if reason:
         raise RuntimeError(reason)
-    layer = CudnnNorm(eager(case, given).get_submodule("norm"), case, given.x)
+    layer = CudnnNorm(_torchs(case, given), case, given.x)
     for task in OPERATIONS:
         if task not in layer.lacks:
             try:

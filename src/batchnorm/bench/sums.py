@@ -16,7 +16,8 @@ __all__ = ["sums"]
 
 NOTE = (
     "Medians of single calls, each as often as the network has a batch norm of that shape, added up. Copy: the time "
-    "that the counted bytes take at the speed of a copy. A dash: one of the shapes could not be timed; the cautions say why."
+    "that the counted bytes take at the speed of a copy. A dash: one of the shapes could not be timed; the cautions "
+    "say why."
 )
 
 
