@@ -3,7 +3,7 @@
     PYTHONPATH=src python3 -m batchnorm.bench --device cuda --suite resnet50 --json results.json
     PYTHONPATH=src python3 -m batchnorm.bench --device cuda --what step --dtype bfloat16 --json steps.json
 
-It prints the verdict and writes the numbers; `batchnorm bench` has tables, progress and a page.
+It prints the verdict, sums and mean ratios, and writes the numbers; `batchnorm bench` has tables, progress and a page.
 """
 
 import argparse
@@ -24,8 +24,8 @@ from batchnorm.bench import (
     measure_host,
     measure_steps,
 )
+from batchnorm.bench.machine_words import where
 from batchnorm.bench.plan import AUTO, BACKENDS, DEFAULT_SUITES, LAYOUTS
-from batchnorm.bench.record import OURS
 from batchnorm.bench.wording import NAME
 
 __all__ = ["main"]
@@ -55,7 +55,7 @@ def main() -> None:
         sys.exit(f"error: {error}")
     print(result)
     if isinstance(result, Benchmark):
-        print(means(result))
+        print("\n".join([where(result.machine), *sums(result), *means(result)]))
     if result.failures or result.interrupted:
         sys.exit(130 if result.interrupted else 1)
 
@@ -83,28 +83,27 @@ def _measurement(arguments: argparse.Namespace) -> tuple[Callable[..., Any], dic
     return measure, {**common, "against": arguments.against.split(",")}
 
 
-def means(result: Benchmark) -> str:
-    """The sums and the mean ratios, a line each."""
-    sums = [
-        f"{total.suite} {total.layout} {total.dtype} {total.operation} {total.epilogue} malloc {total.memory}: sum over "
-        f"{total.norms}: "
-        + ", ".join(
-            f"{'ours' if name == OURS else NAME[name]} {'–' if value is None else f'{1e3 * value:.3f} ms'}"
-            for name, value in total.seconds.items()
-        )
-        + f", copy {1e3 * total.counted / result.copy:.3f} ms"
-        for total in result.totals
+def sums(result: Benchmark) -> list[str]:
+    """What the batch norms of a network take together, a line each."""
+    lines = []
+    for total in result.totals:
+        times = [
+            f"{NAME.get(name, name)} {'–' if value is None else f'{1e3 * value:.3f} ms'}"
+            for name, value in (*total.seconds.items(), ("copy", total.counted / result.copy))
+        ]
+        about = f"{total.suite} {total.layout} {total.dtype} {total.operation} {total.epilogue} malloc {total.memory}"
+        lines.append(f"{about}: sum over {total.norms}: {', '.join(times)}")
+    return lines
+
+
+def means(result: Benchmark) -> list[str]:
+    """The mean ratios, a line each."""
+    return [
+        f"{group.suite} {group.layout} {group.dtype} {group.operation} {group.epilogue} malloc {group.memory}: "
+        f"{group.ratio:.2f}× {group.rival}, worst {group.worst:.2f}, share {group.share:.0%}"
+        for group in result.groups
+        if not group.larger_than
     ]
-    return (
-        "\n".join(sums)
-        + "\n"
-        + "\n".join(
-            f"{group.suite} {group.layout} {group.dtype} {group.operation} {group.epilogue} malloc {group.memory}: "
-            f"{group.ratio:.2f}× {group.rival}, worst {group.worst:.2f}, share {group.share:.0%}"
-            for group in result.groups
-            if not group.larger_than
-        )
-    )
 
 
 def _parse() -> argparse.Namespace:

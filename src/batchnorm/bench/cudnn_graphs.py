@@ -316,6 +316,8 @@ class CudnnNorm(nn.Module):
         self, x: Tensor, dy: Tensor, kept: _Kept
     ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
         """dx, the residual's gradient, dweight, dbias."""
+        if dy.stride() != x.stride():
+            dy = torch.empty_like(x).copy_(dy)
         dx, dweight, dbias = torch.empty_like(x), torch.empty_like(kept.mean), torch.empty_like(kept.mean)
         dresidual = torch.empty_like(x) if self.masked else dy if self.residual else None
         tensors: dict[str, Tensor | None] = {

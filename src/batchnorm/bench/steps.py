@@ -21,8 +21,9 @@ _CLASSES = 1000
 # On a GPU the first steps choose kernels and get memory, and a sample is long enough that the host can run ahead.
 _WARM = {"cpu": 1, "cuda": 8}
 _SAMPLE_SECONDS = {"cpu": 0.0, "cuda": 0.05}
-# Between the first losses of the network as it is and fused, of their size: far above rounding, far below a mistake.
-_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 5e-2}
+# Between the first outputs of the network as it is and fused, of the largest. Rounding grows from layer to layer: on
+# a CPU with ResNet-50, 2 images of 64² and 8 of 96²: 1e-4, 0.13 to 0.29, 0.03 to 0.05; without batch norm 17 to 22.
+_TOLERANCE = {torch.float32: 2e-2, torch.bfloat16: 0.6, torch.float16: 0.3}
 
 
 def step_answers(job: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
@@ -54,7 +55,7 @@ class _Setting:
         shape = (job["batch"], 3, job["image"], job["image"])
         self.x = torch.randn(shape, device=self.device).contiguous(memory_format=self.layout)
         self.target = torch.randint(_CLASSES, (job["batch"],), device=self.device)
-        self.found: dict[str, Any] = {"failure": "", "skipped": {}, "losses": {}, "memory": {}}
+        self.found: dict[str, Any] = {"failure": "", "skipped": {}, "off": None, "memory": {}}
 
     def steps(self, model: nn.Module) -> "dict[str, _Step]":
         """Everyone, warm and ready to be timed."""
@@ -70,10 +71,11 @@ class _Setting:
         self.found["parameters"] = sum(each.numel() for each in model.parameters())
         models = {PLAIN: model, FUSED: changes.model, REMOVED: remove(model).model}
         steps: dict[str, _Step] = {}
+        outputs: dict[str, Tensor] = {}
         for name, each in models.items():
             try:
                 step = _Step(each, self)
-                self.found["losses"][name] = step.first_loss()
+                outputs[name] = step.first_output()
                 self.found["memory"][name] = step.warm_up()
                 steps[name] = step.captured() if self.graph else step
             except (
@@ -82,18 +84,20 @@ class _Setting:
                 ValueError,
             ) as error:  # too little memory, an output that is no tensor
                 self.found["skipped"][name] = (str(error).strip() or type(error).__name__).splitlines()[0]
-        self.found["failure"] = self._failure()
+        self.found["failure"] = self._failure(outputs)
         return steps
 
-    def _failure(self) -> str:
-        skipped, losses = self.found["skipped"], self.found["losses"]
+    def _failure(self, outputs: Mapping[str, Tensor]) -> str:
         for name in (PLAIN, FUSED):
-            if name in skipped:
-                return f"the {name} network: {skipped[name]}"
-        off = abs(losses[FUSED] - losses[PLAIN]) / abs(losses[PLAIN])
+            if name in self.found["skipped"]:
+                return f"the {name} network: {self.found['skipped'][name]}"
+        difference = (outputs[FUSED] - outputs[PLAIN]).abs().max()
+        off = self.found["off"] = float(difference / outputs[PLAIN].abs().max())
         tolerance = _TOLERANCE[self.dtype]
         if not off <= tolerance:
-            return f"the fused network's first loss is off by {off:.1e} of its size, at most {tolerance:.0e} is allowed"
+            return (
+                f"the fused network's first output is off by {off:.1e} of its largest value, over {tolerance}"
+            )
         return ""
 
 
@@ -107,7 +111,7 @@ class _Step:
         self.optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9, fused=on_gpu or None)
         self.run: Callable[[], object] = self.launch
 
-    def loss(self) -> Tensor:
+    def output(self) -> Tensor:
         """Forward, under autocast for half types."""
         setting = self.setting
         half = setting.dtype != torch.float32
@@ -116,7 +120,10 @@ class _Step:
         with torch.autocast(
             setting.device.type, setting.dtype if half else None, enabled=half, cache_enabled=cache
         ):
-            return nn.functional.cross_entropy(self.model(setting.x), setting.target)
+            scores = self.model(setting.x)
+        if not isinstance(scores, Tensor):
+            raise TypeError(f"its output is a {type(scores).__name__}, expected a tensor of scores")
+        return scores
 
     def launch(self) -> None:
         """One step, launched by the host."""
@@ -124,14 +131,14 @@ class _Step:
         self._update()
 
     def _update(self) -> None:
-        self.loss().backward()
+        nn.functional.cross_entropy(self.output().float(), self.setting.target).backward()
         self.optimizer.step()
 
-    def first_loss(self) -> float:
-        """Before any step, with the same dropout for everyone."""
+    def first_output(self) -> Tensor:
+        """Of training mode, before any step, with the same dropout for everyone."""
         torch.manual_seed(1)
         with torch.no_grad():
-            return float(self.loss())
+            return self.output().float()
 
     def warm_up(self) -> int | None:
         """Run some steps; on a GPU, the bytes that a step needs at most beyond what is there before it."""

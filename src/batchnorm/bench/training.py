@@ -38,7 +38,7 @@ def measure_steps(
 
     All three are timed in turn in one process. On a GPU they are timed twice: launched by the host, as a training loop
     does, and replayed as one CUDA graph, which leaves the kernels' time alone. Images and labels are random. The fused
-    network's first loss must be that of the network as it is, or it gets no time.
+    network's first output must be that of the network as it is, or it gets no time.
 
     Args:
         network: "resnet18", "resnet50", or a name of torchvision.models, for which torchvision must be installed.

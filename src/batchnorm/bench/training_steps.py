@@ -63,7 +63,7 @@ class StepRecord:
         backend: what runs the fused layers.
         norms: batch norms of the network that are layers of this package after `fuse`, and how many it `left` alone.
         parameters: numbers that are trained.
-        losses: of the first step, by who takes it.
+        off: max|fused − plain| / max|plain| of the first outputs in training mode.
         memory: bytes that a step needs at most beyond what is there before it; None on a CPU.
         skipped: who could not run, and why.
         rounds: seconds a step by who took it, round by round.
@@ -75,7 +75,7 @@ class StepRecord:
     norms: int = 0
     left: int = 0
     parameters: int = 0
-    losses: Mapping[str, float] = field(default_factory=dict)
+    off: float | None = None
     memory: Mapping[str, int | None] = field(default_factory=dict)
     skipped: Mapping[str, str] = field(default_factory=dict)
     rounds: list[dict[str, float]] = field(default_factory=list)
@@ -120,7 +120,7 @@ class StepRecord:
             "batch_norms": self.norms,
             "batch_norms_left_alone": self.left,
             "parameters": self.parameters,
-            "first_losses": dict(self.losses),
+            "first_output_off": self.off,
             "peak_bytes": dict(self.memory),
             "skipped": dict(self.skipped),
             "seconds": {name: {**found[name], "rounds": self.times(name)} for name in who},
