@@ -211,9 +211,9 @@ def test_a_backend_that_is_asked_for(run: Run, tmp_path: Path, monkeypatch: pyte
     result = run(*QUICK, "--json", "b.json")
     assert ", the usual choice" in json.loads((tmp_path / "b.json").read_text())["machine"]["backend"]
     monkeypatch.setenv("TRITON_INTERPRET", "0")
-    assert "--backend triton on cpu: got its kernels run on GPUs" in only_error(
-        run(*QUICK, "--backend", "triton")
-    )
+    refused = run(*QUICK, "--backend", "triton")
+    assert (refused.exit_code, refused.stdout) == (2, "")
+    assert "error: --backend triton on cpu: got its kernels run on GPUs" in refused.stderr
 
 
 def test_a_wrong_layer_is_a_finding(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
