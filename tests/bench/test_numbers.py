@@ -7,7 +7,7 @@ from bench_helpers import make_case, make_record
 
 from batchnorm.bench.case import SIZES, counted_tensors
 from batchnorm.bench.statistics import geometric_mean, median, percentile
-from batchnorm.bench.summary import groups
+from batchnorm.bench.summary import groups, totals
 from batchnorm.bench.wording import exponent, seconds, spread
 
 
@@ -69,6 +69,31 @@ def test_groups_weigh_each_shape_by_its_count_and_name_the_worst() -> None:
     assert found["relu", 16_000_000].shapes == 1  # 25.7 MB
     assert ("relu", 32_000_000) not in found
     assert not [g for g in groups(records, 30e9) if g.larger_than and g.operation != "forward+backward"]
+
+
+def test_sums_count_each_shape_as_often_as_it_occurs() -> None:
+    records = [
+        make_record(0.001, 0.004, count=3),
+        make_record(0.002, 0.001, count=1, shape=(16, 512, 28, 28)),
+        make_record(0.001, 0.009, count=2, epilogue="residual+relu"),
+        make_record(0.5, 0.5, layout="channels-last"),
+    ]
+    found = {(total.operation, total.layout): total for total in totals(records, (), ("eager", "compile"))}
+    total = found["forward+backward", "contiguous"]
+    assert (total.norms, total.epilogue) == (6, "all")
+    assert total.seconds == {
+        "batchnorm": pytest.approx(0.007),
+        "eager": pytest.approx(0.031),
+        "compile": None,
+    }
+    plane = 16 * 64 * 56 * 56 * 4
+    assert total.counted == 3 * 8 * plane + 8 * 16 * 512 * 28 * 28 * 4 + 2 * 10 * plane
+    assert found["inference", "channels-last"].norms == 6
+    split = totals(records, ("relu", "residual+relu"), ("eager",))
+    assert [(each.epilogue, each.norms) for each in split if each.operation == "forward"][:2] == [
+        ("relu", 4),
+        ("residual+relu", 2),
+    ]
 
 
 def test_labels() -> None:

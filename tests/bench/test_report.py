@@ -12,6 +12,7 @@ from rich.console import Console
 
 from batchnorm._errors import DataError, InputError
 from batchnorm.bench import Benchmark, measure
+from batchnorm.bench._measure import _warnings, _Work
 from batchnorm.bench.plan import cases, checked
 from batchnorm.bench.readme import BEGIN, END, refresh
 from batchnorm.report import terminal
@@ -82,7 +83,7 @@ def test_json_says_everything(result: Benchmark) -> None:
     first = content["results"][0]
     assert first["shape"] == [16, 64, 112, 112]
     timed = first["operations"]["forward+backward"]
-    assert timed["times"]["eager"].keys() == {"p20", "p50", "p80", "rounds", "faults"}
+    assert timed["times"]["eager"].keys() == {"p20", "p50", "p80", "rounds", "faults", "replayed"}
     assert timed["ratio"]["eager"] == pytest.approx(1.125)
     assert timed["counted_bytes"] == 8 * 16 * 64 * 112 * 112 * 4
     assert first["errors"]["batchnorm"]["dx"] == 2e-7
@@ -179,3 +180,18 @@ def test_a_busy_machine_and_an_unsteady_one_are_pointed_out(
     assert found.warnings[0] in str(found)
     monkeypatch.setattr("os.getloadavg", lambda: (0.0, 0.0, 0.0))
     assert measure("tiny", memory=["as-is"], rounds=1).warnings == ()
+
+
+def test_who_was_not_captured_as_a_graph_is_named(result: Benchmark) -> None:
+    work = _Work(result.settings)
+    work.machine = {"cores": 2}
+    first = result.records[0]
+    times = {task: dict(each) for task, each in first.times.items()}
+    times["forward"]["eager"] = replace(times["forward"]["eager"], replayed=False)
+    times["inference"]["eager"] = replace(times["inference"]["eager"], replayed=True)
+    work.records = [replace(first, times=times), *result.records[1:]]
+    work.load = 0.0
+    assert _warnings(work) == [
+        "Launched by the host, since it could not be captured as a CUDA graph, so that the host's time is in it: "
+        "eager in forward."
+    ]

@@ -14,7 +14,7 @@ from cli_helpers import only_error
 from typer.testing import Result
 
 import batchnorm
-from batchnorm.bench import _rank, _worker, process
+from batchnorm.bench import _measure, _rank, _worker, asking, networks, process
 from batchnorm.bench.readme import BEGIN, END
 
 Run = Callable[..., Result]
@@ -83,6 +83,8 @@ def test_json_on_stdout_is_all_there_is(run: Run) -> None:
         (["--json", "missing/b.json"], "output path: got missing/b.json"),
         (["--json", "b.html", "--html", "b.html"], "got the same file twice"),
         (["--markdown", "none.md"], "Markdown file: got none.md"),
+        (["--backend", "cudnn"], "backend: got 'cudnn', expected of cpu, triton, aten, reference, auto"),
+        (["--what", "weather"], "--what: got 'weather', expected layers, host or step"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -138,10 +140,80 @@ def test_ctrl_c_between_synchronized_layers(run: Run, after: list[int], tmp_path
         (["--distributed", "--markdown", "README.md"], "--markdown: got a value"),
         (["--processes", "3"], "--processes: got a value, expected it with --distributed alone"),
         (["--distributed", "--device", "cuda:1"], "device: got 'cuda:1'"),
+        (["--network", "resnet18"], "--network: got a value, expected it with --what step alone"),
+        (["--distributed", "--image", "64"], "--image: got a value, expected it with --what step alone"),
+        (["--what", "host"], "--suite: got a value, expected it with --what layers alone"),
+        (["--what", "step"], "--suite: got a value, expected it with --what layers alone"),
     ],
 )
 def test_options_that_would_say_nothing(run: Run, arguments: list[str], part: str) -> None:
     assert part in only_error(run("bench", "--suite", "tiny", *arguments))
+
+
+def test_the_hosts_time(run: Run, tmp_path: Path) -> None:
+    options = ("--layout", "contiguous", "--epilogue", "relu", "--rounds", "1", "--backend", "aten")
+    result = run("bench", "--what", "host", *options, "--json", "b.json", "--html", "b.html")
+    assert result.exit_code == 0, result.stderr
+    assert "The host's time for a layer" in result.stdout
+    assert "[1/1] relu, contiguous, float32: " in result.stderr
+    content = json.loads((tmp_path / "b.json").read_text())
+    assert (content["kind"], content["settings"]["backend"]) == ("host-times", "aten")
+    assert (tmp_path / "b.html").exists()
+
+
+def test_training_steps(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(networks.BUILT_IN, "resnet10", ((1, 1, 1, 1), 1))
+    options = ("--network", "resnet10", "--batch", "2", "--image", "32", "--rounds", "2")
+    result = run("bench", "--what", "step", *options, "--json", "b.json", "--html", "b.html")
+    assert result.exit_code == 0, result.stderr
+    assert "batch norms fused" in result.stdout
+    assert "[2/2] channels-last, float32, launched by the host, round 2: " in result.stderr
+    content = json.loads((tmp_path / "b.json").read_text())
+    assert (content["kind"], content["settings"]["image"], len(content["results"])) == (
+        "training-steps",
+        32,
+        1,
+    )
+
+
+@pytest.mark.usefixtures("ctrl_c_is_pythons")
+def test_ctrl_c_between_rounds(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def work(job: Mapping[str, Any], memory: str = "as-is") -> Iterator[dict[str, Any]]:
+        if job["task"] == "machine":
+            yield {"machine": dict(MACHINE)}
+            return
+        yield {"setup": {}}
+        yield {"seconds": {"plain": 0.2, "fused": 0.1}}
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(process, "work", work)
+    result = run("bench", "--what", "step", "--json", "b.json")
+    assert result.exit_code == 130
+    content = json.loads((tmp_path / "b.json").read_text())
+    assert (content["interrupted"], content["results"][0]["ratio"]) == (True, {"fused": 2.0})
+    assert "Interrupted: 1 of 10 rounds are finished." in result.stdout
+
+
+def test_a_backend_that_is_asked_for(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def work(job: Mapping[str, Any], memory: str = "as-is") -> Iterator[dict[str, Any]]:
+        yield from _worker.answers({**job, "measure_copy": False} if job["task"] == "machine" else dict(job))
+
+    monkeypatch.setattr(process, "work", work)
+    monkeypatch.setattr(_measure, "ask_machine", lambda *given: {**asking.ask_machine(*given), "copy": 3e10})
+    result = run(*QUICK, "--backend", "reference", "--json", "b.json")
+    assert result.exit_code == 0, result.stderr
+    assert "backend reference, as asked for" in " ".join(result.stdout.split())
+    content = json.loads((tmp_path / "b.json").read_text())
+    assert content["settings"]["backend"] == "reference"
+    assert content["machine"]["backend"] == "reference, as asked for"
+    assert content["results"][0]["backends"] == {"training": "reference", "inference": "reference"}
+    assert [total["operation"] for total in content["sums"]] == ["forward", "forward+backward", "inference"]
+    result = run(*QUICK, "--json", "b.json")
+    assert ", the usual choice" in json.loads((tmp_path / "b.json").read_text())["machine"]["backend"]
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    refused = run(*QUICK, "--backend", "triton")
+    assert (refused.exit_code, refused.stdout) == (2, "")
+    assert "error: --backend triton on cpu: got its kernels run on GPUs" in refused.stderr
 
 
 def test_a_wrong_layer_is_a_finding(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -5,10 +5,11 @@ from collections.abc import Sequence
 from itertools import groupby
 from typing import Any
 
-from batchnorm._errors import InputError, message
 from batchnorm._files import Interrupts
 from batchnorm.bench import process
+from batchnorm.bench.asking import ask_machine
 from batchnorm.bench.case import MEMORY, Case
+from batchnorm.bench.hosting import host_case
 from batchnorm.bench.plan import DEFAULT_SUITES, LAYOUTS, Settings, cases, checked
 from batchnorm.bench.process import WorkerError
 from batchnorm.bench.progress import Progress, Silent
@@ -63,7 +64,8 @@ def measure(
         layouts: "contiguous", "channels-last"; or "all".
         dtypes: of the input: "float32", "bfloat16", "float16", "float64". A half type's parameters are float32.
         device: "cpu", "cuda" or "cuda:N".
-        against: "eager" (PyTorch's layer and functions), "compile" (the same under torch.compile).
+        against: "eager" (PyTorch's layer and functions), "compile" (the same under torch.compile), "cudnn" (cuDNN's
+            fused graph: CUDA, channels-last, half types, and the package nvidia-cudnn-frontend).
         epilogues: what follows the layer: "none", "relu", "relu6", "residual", "residual+relu"; "all" for none, relu
             and residual+relu on every shape; empty for what follows it in the network.
         batch: N of every shape; by default each suite has one of its own for CPUs and one for GPUs.
@@ -71,7 +73,8 @@ def measure(
         rounds: how often everyone is timed in turn; a shape's ratio is the median over rounds.
         memory: "as-is" and, on a CPU with glibc, "raised": its mmap and trim thresholds so high that a process keeps
             what memory it has once got.
-        backend: what runs our layer, a name that `batchnorm.explain_backend` lists; by default the usual choice.
+        backend: what runs our layer, a name that `batchnorm.explain_backend` lists; None or "auto" for the usual
+            choice.
         progress: told what is going on; see `batchnorm.bench.Progress`.
 
     Returns:
@@ -79,6 +82,7 @@ def measure(
 
     Raises:
         InputError: an option is not known, or the device does not answer.
+        BackendError: the backend cannot run on the device.
         KeyboardInterrupt: stopped before the first case was finished.
 
     Example:
@@ -115,18 +119,21 @@ def _run(work: _Work, progress: Progress) -> None:
         _measure_together([case for _, case in group], work, progress)
     if not apart:
         progress.case_started("the host's time for a layer")
-        work.host = dict(next(iter(process.work(_job(work.settings, "host")))))
+        work.host = _host(work.settings)
     progress.case_started("how fast memory is copied now")
     work.copy_after = _machine(work.settings)[1]
 
 
 def _machine(settings: Settings) -> tuple[dict[str, Any], float]:
-    try:
-        (answer,) = process.work(_job(settings, "machine"))
-    except WorkerError as error:
-        expected = "a device that answers"
-        raise InputError(message("device", got=settings.device, expected=expected, fix=str(error))) from error
+    answer = ask_machine(settings.device, settings.dtypes, settings.backend, settings.threads)
     return answer["machine"], answer["copy"]
+
+
+def _host(settings: Settings) -> dict[str, float]:
+    """The host's seconds for a layer with ReLU, forward and backward."""
+    case = host_case("contiguous", "float32", "relu", settings.device, settings.backend)
+    (answer,) = process.work(_job(settings, "host", cases=[vars(case)]))
+    return {name: times["p50"] for name, times in answer["times"]["forward+backward"].items()}
 
 
 def _measure_together(group: list[Case], work: _Work, progress: Progress) -> None:
@@ -206,4 +213,16 @@ def _warnings(work: _Work) -> list[str]:
         )
     skipped = {(name, reason) for record in work.records for name, reason in record.skipped.items()}
     found += [f"Not compared with {name}: {reason}." for name, reason in sorted(skipped)]
+    plain = {
+        f"{name} in {operation}"
+        for record in work.records
+        for operation, times in record.times.items()
+        for name, timing in times.items()
+        if timing.replayed is False
+    }
+    if plain:
+        found.append(
+            "Launched by the host, since it could not be captured as a CUDA graph, so that the host's time is in it: "
+            f"{', '.join(sorted(plain))}."
+        )
     return found

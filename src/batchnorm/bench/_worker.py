@@ -3,40 +3,30 @@
     echo '{"task": "machine", "device": "cpu", "threads": null}' | python -m batchnorm.bench._worker
 
 Tasks: "machine" (the header and the speed of a copy), "cases" (each case of the list in turn), "host" (the host's time
-for a layer in a chain), "rank" (one of several processes with synchronized layers). What anything else prints goes to
-stderr.
+for a layer in a chain, case by case), "steps" (whole training steps, round by round), "rank" (one of several processes
+with synchronized layers). What anything else prints goes to stderr.
 """
 
 import json
 import os
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from batchnorm.bench import machine
 from batchnorm.bench._rank import rank_answers
 from batchnorm.bench.accuracy import complaint, errors, exact
 from batchnorm.bench.case import OPERATIONS, Case
-from batchnorm.bench.contenders import (
-    Inputs,
-    backend_of,
-    compiled,
-    eager,
-    inputs,
-    operation,
-    our_layer,
-)
-from batchnorm.bench.statistics import median
+from batchnorm.bench.chain import chain_times
+from batchnorm.bench.contenders import Contender, backend_of, inputs, operation, our_layer, rival
+from batchnorm.bench.record import OURS
+from batchnorm.bench.steps import step_answers
 from batchnorm.bench.timing import clock_for, interleaved
 
 __all__ = ["answers", "main", "measure_case"]
-
-_CHAIN, _CHAIN_SHAPE = 50, (32, 64)
 
 
 def main() -> None:
@@ -54,10 +44,15 @@ def answers(job: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """The results of a job, as they come."""
     if job["threads"]:
         torch.set_num_threads(job["threads"])
+    if job["task"] != "rank" and torch.device(job["device"]).type == "cuda":
+        torch.cuda.set_device(torch.device(job["device"]).index or 0)
     if job["task"] == "machine":
-        yield {"machine": machine.describe(job["device"]), "copy": machine.copy_speed(job["device"])}
+        yield machine.answer(job)
     elif job["task"] == "host":
-        yield host_seconds(job["device"], job["backend"])
+        for fields in job["cases"]:
+            yield chain_times(Case(**{**fields, "shape": tuple(fields["shape"])}), job["rounds"])
+    elif job["task"] == "steps":
+        yield from step_answers(job)
     elif job["task"] == "rank":
         yield from rank_answers(job)
     else:
@@ -80,22 +75,33 @@ def measure_case(case: Case, against: Sequence[str], rounds: int) -> dict[str, A
         "training": backend_of(case, given, training=True),
         "inference": backend_of(case, given, training=False),
     }
-    contenders: dict[str, tuple[Callable[..., Tensor], nn.Module]] = {"batchnorm": (layer, layer)}
+    contenders = {OURS: Contender(layer, layer)}
     skipped: dict[str, str] = {}
     for name in against:
         try:
-            contenders[name] = _rival(name, case, given)
+            contenders[name] = rival(name, case, given)
+            skipped.update({f"{name} in {task}": why for task, why in contenders[name].lacks.items()})
         except RuntimeError as error:
             skipped[name] = str(error)
     times = {}
     for task in OPERATIONS:
         functions = {
-            name: operation(task, function, module, given) for name, (function, module) in contenders.items()
+            name: operation(task, each.function, each.layer, given)
+            for name, each in contenders.items()
+            if task in each.tasks
         }
         times[task] = interleaved(functions, clock_for(case.device), rounds)
     truth = exact(case, given)
-    found = {name: errors(function, module, truth) for name, (function, module) in contenders.items()}
-    failure = complaint(found["batchnorm"], given.x.dtype, backends["training"])
+    found = {
+        name: errors(each.function, each.layer, truth, tasks=each.tasks) for name, each in contenders.items()
+    }
+    failure = complaint(found[OURS], given.x.dtype, backends["training"])
+    wrong = complaint(found.get("cudnn", {}), given.x.dtype, "aten")
+    if wrong:
+        # A graph of cuDNN's that was put together wrongly would be compared with for its speed.
+        skipped["cudnn"] = wrong
+        for timed in times.values():
+            timed.pop("cudnn", None)
     return {
         "failure": failure,
         "backends": backends,
@@ -105,33 +111,8 @@ def measure_case(case: Case, against: Sequence[str], rounds: int) -> dict[str, A
     }
 
 
-def _rival(name: str, case: Case, given: Inputs) -> tuple[Callable[..., Tensor], nn.Module]:
-    if name == "compile":
-        return compiled(case, given)
-    layer = eager(case, given)
-    return layer, layer
-
-
 def _plain(timed: dict[str, Any]) -> dict[str, Any]:
     return {name: asdict(timing) for name, timing in timed.items()}
-
-
-def host_seconds(device: str, backend: str | None = None, repeats: int = 20) -> dict[str, float]:
-    """The host's seconds for one layer with ReLU, forward and backward, in a chain of 50: what launching costs."""
-    case = Case("host", _CHAIN_SHAPE, 1, "relu", "contiguous", "float32", device, None, "as-is", backend)
-    given = inputs(case)
-    found = {}
-    for name, build in (("batchnorm", our_layer), ("eager", eager)):
-        chain = nn.Sequential(*(build(case, given) for _ in range(_CHAIN)))
-        seconds = []
-        for _ in range(repeats):
-            start = time.perf_counter()
-            torch.autograd.grad(chain(given.x), [given.x, *chain.parameters()], given.dy)
-            seconds.append((time.perf_counter() - start) / _CHAIN)
-            if given.x.is_cuda:
-                torch.cuda.synchronize()
-        found[name] = median(seconds)
-    return found
 
 
 if __name__ == "__main__":

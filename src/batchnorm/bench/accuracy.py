@@ -1,12 +1,12 @@
 """How far a layer is from float64: what has to be right before a time is shown."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from batchnorm.bench.case import Case
+from batchnorm.bench.case import OPERATIONS, Case
 from batchnorm.bench.contenders import Inputs, gradients, operation, reset_statistics
 from batchnorm.bench.suites import EPILOGUES
 
@@ -63,20 +63,31 @@ def errors(
     layer: nn.Module,
     truth: Exact,
     add: Callable[[Tensor], object] | None = None,
+    tasks: Container[str] = OPERATIONS,
 ) -> dict[str, float]:
     """max|got − exact| / max|exact| of everything that a layer computes; NaN where it computes NaN.
 
-    Where several processes have parts of the batch, `add` makes of a parameter's gradient the sum of theirs.
+    Where several processes have parts of the batch, `add` makes of a parameter's gradient the sum of theirs. `tasks`
+    are the operations that the layer can do.
     """
-    got = dict(zip(_NAMES, gradients(function, layer.train(), truth.given), strict=False))
+    got: dict[str, Tensor] = {}
+    if "forward+backward" in tasks:
+        got.update(zip(_NAMES, gradients(function, layer.train(), truth.given), strict=False))
+    elif "forward" in tasks:
+        got["y"] = _output("forward", function, layer, truth)
     if add is not None:
         for name in ("dweight", "dbias"):
             add(got[name])
     reset_statistics(layer, truth.given)
-    answer = operation("inference", function, layer, truth.given)()
+    if "inference" in tasks:
+        got["y of inference"] = _output("inference", function, layer, truth)
+    return {name: _error(got[name].detach(), want) for name, want in truth.values.items() if name in got}
+
+
+def _output(task: str, function: Callable[..., Tensor], layer: nn.Module, truth: Exact) -> Tensor:
+    answer = operation(task, function, layer, truth.given)()
     assert isinstance(answer, Tensor)  # for the type checker
-    got["y of inference"] = answer
-    return {name: _error(got[name].detach(), want) for name, want in truth.values.items()}
+    return answer
 
 
 def complaint(found: Mapping[str, float], dtype: torch.dtype, backend: str) -> str:

@@ -1,19 +1,22 @@
-"""Who is timed on a case: our layer, PyTorch's layer with its functions behind it, and that compiled."""
+"""Who is timed on a case: our layer, PyTorch's layer with its functions behind it, that compiled, cuDNN's graph."""
 
 import shutil
 import sysconfig
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm import nn as ours
-from batchnorm.bench.case import Case
+from batchnorm.bench.case import OPERATIONS, Case
+from batchnorm.bench.cudnn_graphs import CudnnNorm, why_not
 from batchnorm.bench.suites import EPILOGUES
 from batchnorm.ops import explain_backend
 
 __all__ = [
+    "Contender",
     "Inputs",
     "backend_of",
     "compiled",
@@ -23,6 +26,7 @@ __all__ = [
     "operation",
     "our_layer",
     "reset_statistics",
+    "rival",
     "synchronized",
 ]
 
@@ -40,6 +44,20 @@ class Inputs:
     bias: Tensor
     running_mean: Tensor
     running_var: Tensor
+
+
+@dataclass(frozen=True)
+class Contender:
+    """What is timed, the layer inside, and why it cannot do some of the operations."""
+
+    function: Callable[..., Tensor]
+    layer: nn.Module
+    lacks: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The operations that it can do."""
+        return tuple(task for task in OPERATIONS if task not in self.lacks)
 
 
 class _Eager(nn.Module):
@@ -106,9 +124,14 @@ def our_layer(case: Case, given: Inputs) -> nn.Module:
 
 def eager(case: Case, given: Inputs) -> nn.Module:
     """PyTorch's layer, and its functions behind it."""
+    return _Eager(_torchs(case, given), case.epilogue)
+
+
+def _torchs(case: Case, given: Inputs) -> _BatchNorm:
     kind = {2: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}[len(case.shape)]
     layer = kind(case.shape[1], device=given.weight.device, dtype=given.weight.dtype)
-    return _Eager(_loaded(layer, given), case.epilogue)
+    _loaded(layer, given)
+    return layer
 
 
 def synchronized(
@@ -141,6 +164,41 @@ def compiled(case: Case, given: Inputs) -> tuple[Callable[..., Tensor], nn.Modul
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise RuntimeError(f"torch.compile failed: {reason}") from error
     return function, layer
+
+
+def rival(name: str, case: Case, given: Inputs) -> Contender:
+    """One of those whom our layer is compared with.
+
+    Raises:
+        RuntimeError: it cannot run here; the message says why.
+    """
+    if name == "compile":
+        return Contender(*compiled(case, given))
+    if name == "cudnn":
+        return _cudnn(case, given)
+    layer = eager(case, given)
+    return Contender(layer, layer)
+
+
+def _cudnn(case: Case, given: Inputs) -> Contender:
+    """cuDNN's graphs, each run once."""
+    reason = why_not(case)
+    if reason:
+        raise RuntimeError(reason)
+    layer = CudnnNorm(_torchs(case, given), case, given.x)
+    for task in OPERATIONS:
+        if task not in layer.lacks:
+            try:
+                operation(task, layer, layer, given)()
+                if given.x.is_cuda:
+                    torch.cuda.synchronize()
+            except Exception as error:
+                layer.lacks[task] = (
+                    f"cuDNN's graph failed: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
+                )
+    if len(layer.lacks) == len(OPERATIONS):
+        raise RuntimeError(layer.lacks["forward"])
+    return Contender(layer, layer, layer.lacks)
 
 
 def _has_compiler() -> bool:

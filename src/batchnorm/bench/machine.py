@@ -3,6 +3,7 @@
 import os
 import platform
 import subprocess
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,42 @@ import torch
 from batchnorm import _environment
 from batchnorm.bench.statistics import median
 from batchnorm.bench.timing import clock_for
+from batchnorm.ops import explain_backend
 
-__all__ = ["copy_speed", "describe"]
+__all__ = ["answer", "copy_speed", "describe"]
 
 # Bytes of one tensor of the copy: beyond any cache. With 64 MB half of it may still lie in a cache of 32 MB; measured
 # on such a machine, copies of 64 MB scatter between 31 and 43 GB/s, of 256 MB between 35 and 39.
 _COPY_BYTES = {"cpu": 256_000_000, "cuda": 1_000_000_000}
+
+
+def answer(job: Mapping[str, Any]) -> dict[str, Any]:
+    """The header, with the backend of our layers in it, and the speed of a copy; or why the backend cannot run."""
+    backend, refused = _backend(job["device"], job["dtypes"], job["backend"])
+    if refused:
+        return {"refused": refused}
+    found = {"machine": {**describe(job["device"]), "backend": backend}}
+    return {**found, "copy": copy_speed(job["device"])} if job["measure_copy"] else found
+
+
+def _backend(device: str, dtypes: Sequence[str], wanted: str | None) -> tuple[str, str]:
+    """What runs a training step of our layer, in words; and why the backend that is wanted cannot."""
+    words = []
+    for dtype in dtypes:
+        choice = explain_backend(torch.empty(2, 1, device=device, dtype=getattr(torch, dtype)))
+        candidates = {candidate.name: candidate for candidate in choice.candidates}
+        if wanted is None:
+            waiting = [
+                f"{each.name} if asked for: {each.waits}"
+                for each in choice.candidates
+                if each.waits and each.refused is None
+            ]
+            words.append("; ".join([f"{choice.chosen}, the usual choice", *waiting]))
+        elif candidates[wanted].refused is not None:
+            return "", str(candidates[wanted].refused)
+        else:
+            words.append(f"{wanted}, as asked for")
+    return " | ".join(dict.fromkeys(words)), ""
 
 
 def describe(device: str) -> dict[str, Any]:

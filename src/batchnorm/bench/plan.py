@@ -10,12 +10,23 @@ from batchnorm.bench.case import MEMORY, SIZES, Case
 from batchnorm.bench.process import memory_states
 from batchnorm.bench.suites import EPILOGUES, SUITES, Norm, Suite
 
-__all__ = ["BACKENDS", "LAYOUTS", "RIVALS", "Settings", "cases", "checked"]
+__all__ = [
+    "AUTO",
+    "BACKENDS",
+    "LAYOUTS",
+    "RIVALS",
+    "Settings",
+    "cases",
+    "check_common",
+    "checked",
+    "known",
+]
 
 LAYOUTS = ("contiguous", "channels-last")
-RIVALS = ("eager", "compile")
+RIVALS = ("eager", "compile", "cudnn")
 # Of `ops`, which is not asked, because it would import PyTorch into the process that plans.
 BACKENDS = ("cpu", "triton", "aten", "reference")
+AUTO = "auto"
 # What `--epilogue all` measures on every shape.
 _ALL = ("none", "relu", "residual+relu")
 DEFAULT_SUITES = ("resnet50", "tiny")
@@ -70,21 +81,15 @@ def checked(
     Raises:
         InputError: one is not known or out of range.
     """
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
-        raise InputError(message("device", got=repr(device), expected="cpu, cuda or cuda:N"))
-    for name, number, least in (("batch", batch, 2), ("threads", threads, 1), ("rounds", rounds, 1)):
-        if number is not None and number < least:
-            raise InputError(message(name, got=number, expected=f"at least {least}"))
-    if backend is not None:
-        _known("backend", (backend,), BACKENDS)
+    backend = check_common(device, batch, threads, rounds, backend)
     possible = memory_states(device)
-    wanted = _known("memory", memory, MEMORY)
+    wanted = known("memory", memory, MEMORY)
     return Settings(
-        suites=_known("suite", suites, tuple(SUITES), every=tuple(SUITES)),
-        layouts=_known("layout", layouts, LAYOUTS, every=LAYOUTS),
-        dtypes=_known("dtype", dtypes, tuple(SIZES)),
+        suites=known("suite", suites, tuple(SUITES), every=tuple(SUITES)),
+        layouts=known("layout", layouts, LAYOUTS, every=LAYOUTS),
+        dtypes=known("dtype", dtypes, tuple(SIZES)),
         device=device,
-        against=_known("against", against, RIVALS),
+        against=known("against", against, RIVALS),
         epilogues=() if tuple(epilogues) in ((), ("network",)) else _epilogues(epilogues),
         batch=batch,
         threads=threads,
@@ -94,11 +99,29 @@ def checked(
     )
 
 
+def check_common(
+    device: str, batch: int | None, threads: int | None, rounds: int, backend: str | None
+) -> str | None:
+    """Refuse what no benchmark takes, and give the backend's name; None for the usual choice.
+
+    Raises:
+        InputError: one is not known or out of range.
+    """
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise InputError(message("device", got=repr(device), expected="cpu, cuda or cuda:N"))
+    for name, number, least in (("batch", batch, 2), ("threads", threads, 1), ("rounds", rounds, 1)):
+        if number is not None and number < least:
+            raise InputError(message(name, got=number, expected=f"at least {least}"))
+    if backend is None or backend == AUTO:
+        return None
+    return known("backend", (backend,), (*BACKENDS, AUTO))[0]
+
+
 def _epilogues(names: Sequence[str]) -> tuple[str, ...]:
-    return _known("epilogue", names, tuple(EPILOGUES), every=_ALL, more=("network",))
+    return known("epilogue", names, tuple(EPILOGUES), every=_ALL, more=("network",))
 
 
-def _known(
+def known(
     what: str,
     names: Sequence[str],
     known: tuple[str, ...],

@@ -7,9 +7,12 @@ from typing import Any
 from batchnorm.bench.case import Case, counted_tensors
 from batchnorm.bench.statistics import median
 
-__all__ = ["OURS", "Record", "Timing"]
+__all__ = ["FUSED", "GRAPH", "LAUNCHED", "OURS", "PLAIN", "REMOVED", "Record", "Timing"]
 
 OURS = "batchnorm"
+# Who takes whole training steps, and how a step gets to the device.
+PLAIN, FUSED, REMOVED = "plain", "fused", "removed"
+LAUNCHED, GRAPH = "launched", "graph"
 
 
 @dataclass(frozen=True)
@@ -17,7 +20,8 @@ class Timing:
     """Seconds a call: percentiles over all samples, and the median of each round.
 
     `faults` is how many pages of memory the process got from the system in a call: new memory that had to be mapped
-    and cleared. None where the system does not say.
+    and cleared. None where the system does not say. `replayed`, on a GPU, is whether a CUDA graph was replayed, so that
+    the time is the kernels' alone; else the host launched them.
     """
 
     p20: float
@@ -25,6 +29,7 @@ class Timing:
     p80: float
     rounds: tuple[float, ...]
     faults: float | None
+    replayed: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -35,7 +40,7 @@ class Record:
         case: what was measured.
         failure: what is wrong with our layer, or why its process ended early; empty where all is well.
         backends: which backend ran our layer in "training" and in "inference".
-        skipped: rivals that could not run here, and why.
+        skipped: rivals that could not run here, and why; "NAME in OPERATION" where one operation alone could not.
         errors: of each contender, max|got − exact| / max|exact| against float64: "y", "dx", "dweight", "dbias",
             "y of inference" and, where there is a residual, "dresidual".
         times: operation -> contender -> its times.
@@ -77,8 +82,8 @@ class Record:
 
     def error(self, contender: str) -> float | None:
         """The larger of the errors of y and dx."""
-        found = self.errors.get(contender)
-        return None if found is None else max(found["y"], found["dx"])
+        found = [value for name, value in self.errors.get(contender, {}).items() if name in ("y", "dx")]
+        return max(found) if found else None
 
     def to_dict(self, copy: float) -> dict[str, Any]:
         """Plain data; seconds, bytes a second, and shares of the speed of a copy."""

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from batchnorm.bench.plan import Settings
 from batchnorm.bench.record import Record
 from batchnorm.bench.story import headline, tell
-from batchnorm.bench.summary import Group, groups
+from batchnorm.bench.summary import Group, Total, groups, totals
 from batchnorm.report.document import Document
 from batchnorm.report.reported import Reported
 
@@ -55,6 +55,11 @@ class Benchmark(Reported):
         """Mean ratios, worst shapes and shares of the copy's speed."""
         return groups(self.records, self.copy)
 
+    @cached_property
+    def totals(self) -> tuple[Total, ...]:
+        """What the batch norms of each network take together."""
+        return totals(self.records, self.settings.epilogues, self.settings.against)
+
     @property
     def failures(self) -> tuple[Record, ...]:
         """The cases that got no time, each with its reason."""
@@ -88,6 +93,7 @@ class Benchmark(Reported):
             "copy_bytes_per_second_after": self.copy_after,
             "warnings": list(self.warnings),
             "host_seconds_per_layer": dict(self.host),
+            "sums": [asdict(total) for total in self.totals],
             "groups": [asdict(group) for group in self.groups],
             "results": [record.to_dict(self.copy) for record in self.records],
         }

@@ -6,9 +6,11 @@ from typing import TYPE_CHECKING
 
 from batchnorm.bench.case import MEMORY, OPERATIONS
 from batchnorm.bench.figures import ratios, shares
+from batchnorm.bench.machine_words import where
 from batchnorm.bench.record import OURS, Record
 from batchnorm.bench.suites import SUITES
 from batchnorm.bench.summary import ANY, Group
+from batchnorm.bench.sums import sums
 from batchnorm.bench.wording import (
     FOLLOWED,
     MALLOC,
@@ -96,7 +98,7 @@ def tell(result: "Benchmark") -> Document:
         first.append(_failures(result.failures))
     first += [_means(result, kind, rival) for kind, rival in product(_kinds(result), _rivals(result))]
     first.append(Paragraph(SHORT, small=True))
-    sections = [Section("Mean ratios", first)]
+    sections = [Section("Mean ratios", first), *sums(result)]
     if result.groups:
         sections.append(Section("By size", [*ratios(result), *shares(result)]))
     if large := _large(result):
@@ -115,12 +117,7 @@ def tell(result: "Benchmark") -> Document:
 
 def _where(result: "Benchmark") -> str:
     """The machine in one line."""
-    machine = result.machine
-    commit = f", {machine['commit']}" if machine["commit"] else ""
-    return (
-        f"{machine['device']}, {machine['cores']} cores, {machine['threads']} threads; torch {machine['torch']}; "
-        f"batchnorm {machine['batchnorm']}{commit}; memory is copied at {result.copy / 1e9:.1f} GB/s."
-    )
+    return f"{where(result.machine).removesuffix('.')}; memory is copied at {result.copy / 1e9:.1f} GB/s."
 
 
 def _kinds(result: "Benchmark") -> list[tuple[str, str, str]]:
@@ -242,9 +239,9 @@ def _shapes(
         record
         for record in result.records
         if (record.case.suite, record.case.layout, record.case.dtype, record.case.memory) == (*kind, memory)
-        and record.ratio(operation, rival) is not None
+        and operation in record.times
     ]
-    if not records:
+    if not any(record.ratio(operation, rival) for record in records):
         return None
     suffix = f", {MALLOC[memory]}" if len(result.settings.memory) > 1 else ""
     return Table(
@@ -265,16 +262,16 @@ def _shapes(
 
 
 def _shape_row(record: Record, operation: str, rival: str, copy: float) -> list[str]:
-    """Two lines: ours, and the other's below."""
-    both = (OURS, rival)
-    speeds = [record.speed(operation, name) or 0.0 for name in both]
+    """Two lines: ours, and the other's below, dashes where it has no time."""
+    both, times = (OURS, rival), record.times[operation]
+    speeds = [record.speed(operation, name) for name in both]
     return [
         f"{record.case.label}\n{FOLLOWED[record.case.epilogue]}",
         str(record.case.count),
         "\n".join(NAME[name] for name in both),
-        "\n".join(spread(record.times[operation][name]) for name in both),
-        "\n".join(f"{speed / 1e9:.1f}" for speed in speeds),
-        "\n".join(percent(speed / copy) for speed in speeds),
+        "\n".join(spread(times[name]) if name in times else "–" for name in both),
+        "\n".join("–" if speed is None else f"{speed / 1e9:.1f}" for speed in speeds),
+        "\n".join(percent(None if speed is None else speed / copy) for speed in speeds),
         "\n".join(exponent(record.error(name)) for name in both),
         _ratio(record.ratio(operation, rival)),
     ]
@@ -319,6 +316,7 @@ def _facts(result: "Benchmark") -> dict[str, str]:
         "python": machine["python"],
         "system": machine["system"],
         "libc": machine["libc"] or "unknown",
+        "backend": machine.get("backend") or "unknown",
         "huge pages": machine["huge_pages"] or "unknown",
         "compiled kernels": machine["kernels"],
         "load at the start": "unknown" if machine["load"] is None else f"{machine['load']:.2f}",

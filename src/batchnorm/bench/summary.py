@@ -1,15 +1,15 @@
 """What many cases say together: mean ratios, the worst shape, the share of what the memory can do."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 
-from batchnorm.bench.case import MEMORY, OPERATIONS
+from batchnorm.bench.case import MEMORY, OPERATIONS, counted_tensors
 from batchnorm.bench.record import OURS, Record
 from batchnorm.bench.statistics import geometric_mean
 from batchnorm.bench.suites import EPILOGUES
 
-__all__ = ["ANY", "LARGE", "Group", "groups"]
+__all__ = ["ANY", "LARGE", "Group", "Total", "groups", "totals"]
 
 # Every epilogue together, each shape with what follows it.
 ANY = "all"
@@ -55,6 +55,68 @@ class Group:
     seconds: float
     rival_seconds: float
     faults: float | None
+
+
+@dataclass(frozen=True)
+class Total:
+    """What the batch norms of a network take together: medians, each as often as its shape occurs.
+
+    Args:
+        suite, layout, dtype, operation, epilogue, memory: what it is about; the epilogue is "all" where each shape has
+            what follows it in the network.
+        norms: how many batch norms were timed.
+        counted: bytes that they have to move, by the count of `counted_tensors`.
+        seconds: by who took them; None for one that lacks a shape.
+    """
+
+    suite: str
+    layout: str
+    dtype: str
+    operation: str
+    epilogue: str
+    memory: str
+    norms: int
+    counted: int
+    seconds: Mapping[str, float | None]
+
+
+def totals(records: Sequence[Record], epilogues: Sequence[str], against: Sequence[str]) -> tuple[Total, ...]:
+    """The sums of each suite, layout, type, state of the memory and operation; for each of `epilogues`, if any."""
+    kinds = dict.fromkeys((r.case.suite, r.case.layout, r.case.dtype, r.case.memory) for r in records)
+    found = []
+    for kind, operation, epilogue in product(kinds, OPERATIONS, epilogues or (ANY,)):
+        members = [
+            r
+            for r in records
+            if (r.case.suite, r.case.layout, r.case.dtype, r.case.memory) == kind
+            and epilogue in (ANY, r.case.epilogue)
+            and operation in r.times
+        ]
+        if members:
+            suite, layout, dtype, memory = kind
+            found.append(
+                Total(
+                    suite,
+                    layout,
+                    dtype,
+                    operation,
+                    epilogue,
+                    memory,
+                    sum(r.case.count for r in members),
+                    sum(
+                        r.case.count * r.case.bytes * counted_tensors(operation, r.case.epilogue)
+                        for r in members
+                    ),
+                    {name: _together(members, operation, name) for name in (OURS, *against)},
+                )
+            )
+    return tuple(found)
+
+
+def _together(records: Sequence[Record], operation: str, contender: str) -> float | None:
+    if any(contender not in r.times[operation] for r in records):
+        return None
+    return sum(r.case.count * r.times[operation][contender].p50 for r in records)
 
 
 def groups(records: Sequence[Record], copy: float) -> tuple[Group, ...]:

@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -10,7 +11,16 @@ import torch
 from batchnorm.bench.record import Timing
 from batchnorm.bench.statistics import median, percentile
 
-__all__ = ["Clock", "CpuClock", "CudaClock", "calls_and_samples", "clock_for", "interleaved", "timing_of"]
+__all__ = [
+    "Clock",
+    "CpuClock",
+    "CudaClock",
+    "HostClock",
+    "calls_and_samples",
+    "clock_for",
+    "interleaved",
+    "timing_of",
+]
 
 # A sample lasts at least this long, so that the clock's own cost does not count.
 SAMPLE_SECONDS = 1e-3
@@ -32,6 +42,9 @@ class Clock(Protocol):
 
     def faults(self) -> int | None:
         """Pages mapped since the process began."""
+
+    def replayed(self, function: Callable[[], object]) -> bool | None:
+        """Whether a function that is ready replays a CUDA graph; None where there are none."""
 
 
 class CpuClock:
@@ -56,9 +69,34 @@ class CpuClock:
             return None
         return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
+    def replayed(self, function: Callable[[], object]) -> bool | None:
+        """The CPU has no graphs."""
+        return None
+
+
+class HostClock(CpuClock):
+    """The host's time to launch a function's work, whether or not the device has done it yet."""
+
+    def __init__(self, device: str) -> None:
+        self.device = torch.device(device)
+
+    def sample(self, function: Callable[[], object], calls: int) -> float:
+        """Seconds per call, the device idle before the first one."""
+        self._wait()
+        seconds = super().sample(function, calls)
+        self._wait()
+        return seconds
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
 
 class CudaClock:
     """Events on the device, around replays of a CUDA graph: the time of the kernels without that of the host."""
+
+    def __init__(self) -> None:
+        self._plain: list[Callable[[], object]] = []
 
     def ready(self, function: Callable[[], object]) -> Callable[[], object]:
         """The function captured as a graph, or itself where that cannot be done."""
@@ -74,6 +112,7 @@ class CudaClock:
                 function()
         except RuntimeError:
             torch.cuda.synchronize()
+            self._plain.append(function)
             return function
         replay: Callable[[], object] = graph.replay
         return replay
@@ -92,6 +131,10 @@ class CudaClock:
     def faults(self) -> int | None:
         """The device's memory comes from PyTorch's cache."""
         return None
+
+    def replayed(self, function: Callable[[], object]) -> bool | None:
+        """Whether it could be captured."""
+        return function not in self._plain
 
 
 def clock_for(device: str) -> Clock:
@@ -122,7 +165,10 @@ def interleaved(
             samples[name].append(taken)
             if before is not None and after is not None:
                 faults[name].append((after - before) / (len(taken) * calls))
-    return {name: timing_of(samples[name], faults[name]) for name in functions}
+    return {
+        name: replace(timing_of(samples[name], faults[name]), replayed=clock.replayed(function))
+        for name, function in functions.items()
+    }
 
 
 def calls_and_samples(pace: float) -> tuple[int, int]:

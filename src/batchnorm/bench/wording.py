@@ -1,6 +1,9 @@
 """Numbers and names in words, the same in every sentence and table of a report."""
 
+from collections.abc import Sequence
+
 from batchnorm.bench.record import Timing
+from batchnorm.bench.statistics import percentile
 from batchnorm.bench.suites import SUITES
 
 __all__ = [
@@ -14,6 +17,7 @@ __all__ = [
     "percent",
     "seconds",
     "spread",
+    "spread_of",
 ]
 
 OPERATION = {
@@ -24,6 +28,7 @@ OPERATION = {
 RIVAL = {
     "eager": "torch.nn",
     "compile": "torch.compile",
+    "cudnn": "cuDNN's fused graph",
     "plain": "our layer without synchronization",
     "torch-sync": "torch.nn.SyncBatchNorm",
 }
@@ -31,6 +36,7 @@ NAME = {
     "batchnorm": "ours",
     "eager": "torch",
     "compile": "compile",
+    "cudnn": "cuDNN",
     "plain": "plain",
     "torch-sync": "torch",
 }
@@ -58,9 +64,23 @@ def seconds(value: float) -> str:
 
 def spread(timing: Timing) -> str:
     """Median and the 20th and 80th percentile, as "12.3 (11.9–12.8) ms"."""
-    _, unit = _scaled(timing.p50)
+    return _spread(timing.p20, timing.p50, timing.p80)
+
+
+def spread_of(samples: Sequence[float]) -> str:
+    """The same of samples.
+
+    Example:
+        >>> spread_of([0.010, 0.011, 0.012])
+        '11.0 (10.4–11.6) ms'
+    """
+    return _spread(*(percentile(samples, share) for share in (0.2, 0.5, 0.8)))
+
+
+def _spread(p20: float, p50: float, p80: float) -> str:
+    _, unit = _scaled(p50)
     factor = {"µs": 1e6, "ms": 1e3, "s": 1.0}[unit]
-    low, middle, high = (_digits(value * factor) for value in (timing.p20, timing.p50, timing.p80))
+    low, middle, high = (_digits(value * factor) for value in (p20, p50, p80))
     return f"{middle} ({low}–{high}) {unit}"
 
 

@@ -1,5 +1,6 @@
-"""`batchnorm bench`: time the layers against PyTorch's, and check both."""
+"""`batchnorm bench`: time layers, the host or whole training steps against PyTorch's, and check them."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,7 +20,9 @@ from batchnorm.cli._output import (
 )
 
 if TYPE_CHECKING:
-    from batchnorm.bench import Benchmark, Synchronization
+    from batchnorm.bench import Benchmark, HostTimes, Synchronization, TrainingSteps
+
+    Result = Benchmark | HostTimes | Synchronization | TrainingSteps
 
 __all__ = ["command"]
 
@@ -29,6 +32,17 @@ FAILED = 1
 
 def command(
     context: typer.Context,
+    what: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="layers: on real networks' shapes. host: launching a layer. step: whole training steps.",
+        ),
+    ] = "layers",
+    network: Annotated[
+        str,
+        typer.Option(metavar="NAME", help="Of --what step: resnet18, resnet50, or torchvision's name of it."),
+    ] = "resnet50",
     suite: Annotated[
         str,
         typer.Option(
@@ -36,16 +50,23 @@ def command(
         ),
     ] = "resnet50,tiny",
     layout: Annotated[
-        str, typer.Option(metavar="NAMES", help="contiguous, channels-last.")
-    ] = "contiguous,channels-last",
+        str | None,
+        typer.Option(
+            metavar="NAMES", help="contiguous, channels-last.  [default: both; channels-last for --what step]"
+        ),
+    ] = None,
     dtype: Annotated[
-        str, typer.Option(metavar="NAMES", help="float32, bfloat16, float16, float64.")
+        str, typer.Option(metavar="NAMES", help="float32, bfloat16, float16, float64. --what step: autocast.")
     ] = "float32",
     device: Annotated[str, typer.Option(metavar="NAME", help="cpu, cuda or cuda:N.")] = "cpu",
+    backend: Annotated[
+        str, typer.Option(metavar="NAME", help="What runs our layers: auto, cpu, triton, aten, reference.")
+    ] = "auto",
     against: Annotated[
         str,
         typer.Option(
-            metavar="NAMES", help="eager (torch.nn and torch.relu), compile (them under torch.compile)."
+            metavar="NAMES",
+            help="eager (torch.nn and torch.relu), compile (them under torch.compile), cudnn (its fused graph).",
         ),
     ] = "eager",
     epilogue: Annotated[
@@ -58,13 +79,25 @@ def command(
     ] = "network",
     batch: Annotated[
         int | None,
-        typer.Option(min=2, metavar="N", help="Samples in a batch.  [default: the suite's, 16 for resnet50]"),
+        typer.Option(
+            min=2,
+            metavar="N",
+            help="Samples in a batch.  [default: the suite's, 16 for resnet50; 8 or, on cuda, 128 for --what step]",
+        ),
     ] = None,
+    image: Annotated[
+        int, typer.Option(min=32, metavar="N", help="Of --what step: the images' side in pixels.")
+    ] = 224,
     threads: Annotated[
         int | None,
-        typer.Option(min=1, metavar="N", help="Threads of the CPU.  [default: torch's; 1 for tiny]"),
+        typer.Option(min=1, metavar="N", help="Threads of the CPU.  [default: torch's; 1 for tiny and host]"),
     ] = None,
-    rounds: Annotated[int, typer.Option(min=1, metavar="N", help="How often everyone is timed in turn.")] = 5,
+    rounds: Annotated[
+        int | None,
+        typer.Option(
+            min=1, metavar="N", help="How often everyone is timed in turn.  [default: 5; 10 for --what step]"
+        ),
+    ] = None,
     malloc: Annotated[
         str,
         typer.Option(metavar="NAMES", help="as-is, raised: glibc's thresholds, a process for each."),
@@ -88,31 +121,38 @@ def command(
     ] = None,
     json: JsonTarget = None,
 ) -> None:
-    """Time batch norm against PyTorch's on the shapes of real networks.
+    """Time batch norm against PyTorch's.
 
-    Forward, forward and backward, and inference; both are checked against
-    float64, and a layer that is wrong gets no time. NAMES have commas between
-    them. With --distributed: forward and backward of synchronized layers, --batch
-    samples in each process (2). Ctrl-C shows and writes what is finished.
+    --what layers: forward, forward and backward, and inference on the shapes of
+    real networks; both are checked against float64, and a layer that is wrong
+    gets no time. --what host: what the host needs to launch a layer. --what
+    step: training steps of a network as it is, with its batch norms fused, and
+    without them. --distributed: forward and backward of synchronized layers,
+    --batch samples in each process (2). NAMES have commas between them. Ctrl-C
+    shows and writes what is finished.
     """
     with guarded(context, _NOTHING), Interrupts() as interrupts:
-        _check_options(context, distributed)
+        _check_options(context, what, distributed)
         _check_targets(html, markdown, json)
-        common = {
-            "suites": suite.split(","),
-            "layouts": layout.split(","),
+        layouts = (layout or ("channels-last" if what == "step" else "contiguous,channels-last")).split(",")
+        options: dict[str, Any] = {
+            "layouts": layouts,
             "dtypes": dtype.split(","),
             "device": device,
-            "batch": batch,
             "threads": threads,
-            "rounds": rounds,
+            "rounds": rounds or (10 if what == "step" else 5),
+            "backend": backend,
         }
-        result: Benchmark | Synchronization
-        if distributed:
-            result = _run_distributed(processes=processes or 2, **common)
+        if what == "step":
+            options |= {"network": network, "batch": batch, "image": image}
+        elif what == "host":
+            options |= {} if epilogue == "network" else {"epilogues": epilogue.split(",")}
+        elif distributed:
+            options |= {"suites": suite.split(","), "batch": batch, "processes": processes or 2}
         else:
-            lists = {"against": against, "epilogues": epilogue, "memory": malloc}
-            result = _run(**common, **{name: text.split(",") for name, text in lists.items()})
+            options |= {"suites": suite.split(","), "batch": batch, "against": against.split(",")}
+            options |= {"epilogues": epilogue.split(","), "memory": malloc.split(",")}
+        result = _run("distributed" if distributed else what, options)
         # Minutes of work are in memory alone: from here on Ctrl-C waits until they are written.
         interrupts.hold()
         try:
@@ -126,14 +166,48 @@ def command(
             raise typer.Exit(FAILED)
 
 
-def _check_options(context: typer.Context, distributed: bool) -> None:
+_LAYERS = ("suite", "against", "epilogue", "malloc", "markdown")
+# What would say nothing there.
+_VOID = {
+    "layers": ("network", "image", "processes"),
+    "host": (
+        "network",
+        "image",
+        "processes",
+        "suite",
+        "against",
+        "batch",
+        "malloc",
+        "markdown",
+        "distributed",
+    ),
+    "step": ("processes", *_LAYERS, "distributed"),
+    "distributed": ("network", "image", "against", "epilogue", "malloc", "markdown"),
+}
+
+
+def _check_options(context: typer.Context, what: str, distributed: bool) -> None:
     """Refuse an option that would say nothing."""
-    void = ("against", "epilogue", "malloc", "markdown") if distributed else ("processes",)
-    for name in void:
+    if what not in ("layers", "host", "step"):
+        raise InputError(message("--what", got=repr(what), expected="layers, host or step"))
+    kind = "distributed" if distributed and what == "layers" else what
+    for name in _VOID[kind]:
         source = context.get_parameter_source(name)
         if source is not None and source.name == "COMMANDLINE":
-            expected = "without --distributed" if distributed else "with --distributed"
-            raise InputError(message(f"--{name}", got="a value", expected=f"it {expected} alone"))
+            raise InputError(message(f"--{name}", got="a value", expected=_expected(name, kind)))
+
+
+def _expected(name: str, kind: str) -> str:
+    if name == "processes":
+        return "it with --distributed alone"
+    if kind == "distributed":
+        return (
+            "it without --distributed alone"
+            if name not in ("network", "image")
+            else "it with --what step alone"
+        )
+    fitting = [each for each in ("layers", "host", "step") if name not in _VOID[each]]
+    return f"it with --what {' or '.join(fitting)} alone"
 
 
 def _check_targets(html: Path | None, markdown: Path | None, json: str | None) -> None:
@@ -153,27 +227,23 @@ def _check_targets(html: Path | None, markdown: Path | None, json: str | None) -
         )
 
 
-def _run(**options: Any) -> "Benchmark":
-    from batchnorm.bench import measure
+def _run(what: str, options: dict[str, Any]) -> "Result":
+    from batchnorm import bench
     from batchnorm.cli._bench_progress import BenchDisplay
 
+    measures: dict[str, Callable[..., Result]] = {
+        "layers": bench.measure,
+        "host": bench.measure_host,
+        "step": bench.measure_steps,
+        "distributed": bench.measure_distributed,
+    }
     with BenchDisplay(stderr()) as progress:
-        return measure(progress=progress, **options)
+        return measures[what](progress=progress, **options)
 
 
-def _run_distributed(**options: Any) -> "Synchronization":
-    from batchnorm.bench import measure_distributed
-    from batchnorm.cli._bench_progress import BenchDisplay
-
-    with BenchDisplay(stderr()) as progress:
-        return measure_distributed(progress=progress, **options)
-
-
-def _present(
-    result: "Benchmark | Synchronization", html: Path | None, markdown: Path | None, json: str | None
-) -> None:
+def _present(result: "Result", html: Path | None, markdown: Path | None, json: str | None) -> None:
     """Write the files, print the tables, and say where the files lie."""
-    from batchnorm.bench import Synchronization
+    from batchnorm.bench import Benchmark
 
     def page() -> str | None:
         if html is None:
@@ -183,7 +253,7 @@ def _present(
 
     def table() -> str | None:
         # Half a benchmark, or one in which something is wrong, is no table to publish.
-        if markdown is None or isinstance(result, Synchronization) or result.interrupted or result.failures:
+        if markdown is None or not isinstance(result, Benchmark) or result.interrupted or result.failures:
             return None
         from batchnorm.bench.readme import refresh
 
