@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
 from batchnorm.checks._timing import OURS
 from batchnorm.nn.batch_norm import Extras
@@ -21,8 +20,6 @@ __all__ = ["HALF", "MENDS", "Left", "Wish"]
 
 HALF = (torch.float16, torch.bfloat16)
 _USUAL_MOMENTUM = 0.1
-# Families whose layers do nothing but normalize by the batch, or by that of all processes.
-_PLAIN = ("torch", "batchnorm", "torch-sync")
 
 
 @dataclass
@@ -158,10 +155,7 @@ MENDS: dict[str, Mend] = {
 
 def _become(wish: Wish, to: str, told: str) -> str | Left:
     """Make it a layer of this package, if it is nothing but a batch norm; one that is synchronized stays so."""
-    cls: type[nn.Module] = type(wish.module)
-    found = family_of(cls)
-    if found is not None and found[0].name not in _PLAIN:
-        return Left(f"{cls.__name__} does more than normalize by its batch")
+    found = family_of(type(wish.module))
     if to == "batchnorm" and isinstance(wish.module, Extras):
         return Left("it is this package's layer already")
     synchronized = "sync" in (to, wish.to) or (found is not None and found[0].name == "torch-sync")
