@@ -3,9 +3,12 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
+import batchnorm
+from batchnorm.checks import _timing
 from batchnorm.checks._collect import collect
 from batchnorm.checks.evidence import Call, Evidence, Fed, Layer, Run, Seen
 from batchnorm.comparison.datasets import load_data
@@ -81,3 +84,16 @@ def made_up(calls: Sequence[Call], eval_calls: Sequence[Call] = (), **seen: Any)
     run = Run(tuple(Fed(sizes[batch]) for batch in sorted(sizes)))
     noted = Seen(tuple(calls), tuple(eval_calls or calls), **seen)
     return Evidence((layer,), seen={"norm": noted}, run=run)
+
+
+def clock(monkeypatch: pytest.MonkeyPatch, spent: dict[tuple[bool, bool], list[float]]) -> None:
+    """Times by (this package's layer, channels-last), one after the other."""
+    runs = {way: iter(times) for way, times in spent.items()}
+
+    def step(layer: nn.Module, x: Tensor) -> float:
+        layer(x)
+        last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+        return next(runs[isinstance(layer, batchnorm.BatchNorm2d), last])
+
+    monkeypatch.setattr(_timing, "_step", step)
+    monkeypatch.setattr(_timing, "_LEAST", 0)

@@ -93,7 +93,7 @@ def test_checkpointing_counts_twice(reentrant: bool) -> None:
 
 def test_several_calls_a_forward_are_common() -> None:
     finding = only(Twice(), "BN105", batches=[torch.randn(8, 3)])
-    assert (finding.severity, finding.evidence) == ("info", {"forward": 2, "step": 2})
+    assert (finding.severity, finding.evidence) == ("info", {"forward": 2, "step": 2, "cause": "calls"})
     frozen = batchnorm.freeze(Twice()).model
     assert found(frozen, "BN105", batches=[torch.randn(8, 3)]) == ()
     untracked = Twice(norm=nn.BatchNorm1d(3, track_running_stats=False))

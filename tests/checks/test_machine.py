@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 from rule_helpers import found, only
-from run_helpers import evidence
+from run_helpers import clock, evidence
 from torch import Tensor, nn
 
 import batchnorm
@@ -85,19 +85,6 @@ def test_what_cannot_be_run_by_itself_is_not_tested() -> None:
 
 
 # BN109
-
-
-def clock(monkeypatch: pytest.MonkeyPatch, spent: dict[tuple[bool, bool], list[float]]) -> None:
-    """Times by (this package's layer, channels-last), one after the other."""
-    runs = {way: iter(times) for way, times in spent.items()}
-
-    def step(layer: nn.Module, x: Tensor) -> float:
-        layer(x)
-        last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-        return next(runs[isinstance(layer, batchnorm.BatchNorm2d), last])
-
-    monkeypatch.setattr(_timing, "_step", step)
-    monkeypatch.setattr(_timing, "_LEAST", 0)
 
 
 def model_of_one(norm: Any = nn.BatchNorm2d) -> nn.Sequential:

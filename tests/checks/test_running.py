@@ -31,6 +31,12 @@ def test_the_model_is_as_it_was(norm: type[nn.Module], training: bool) -> None:
     assert all(torch.equal(p.grad, old) for p, old in zip(model.parameters(), kept, strict=True))
 
 
+def test_a_frozen_layer_remembers_its_mode() -> None:
+    model = batchnorm.freeze(digits_net().train()).model
+    batchnorm.check(model, batches=[torch.randn(6, 1, 8, 8)], select="BN101")
+    assert batchnorm.unfreeze(model).model[1].training
+
+
 def test_the_model_is_as_it_was_after_a_batch_that_it_does_not_take() -> None:
     model = digits_net()
     before = state(model)

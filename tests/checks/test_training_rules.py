@@ -90,7 +90,13 @@ def test_few_samples_in_every_process(samples: int, processes: int, fix: str) ->
     model = plain(nn.BatchNorm2d(4), batchnorm.BatchNorm2d(4))
     finding = only(model, "BN016", batches=batches(samples), world_size=processes)
     assert (finding.severity, finding.module, finding.also) == ("warning", "1", ("4",))
-    assert finding.evidence == {"samples": samples, "world_size": processes}
+    together = samples * processes
+    assert finding.evidence == {
+        "samples": samples,
+        "world_size": processes,
+        "together": together,
+        "to": fix,
+    }
     assert f"{samples} samples of its own" in finding.message
     assert f"{samples * processes} together" in finding.message
     assert fix in finding.fix

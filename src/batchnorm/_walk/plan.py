@@ -22,7 +22,7 @@ class Plan:
         self.operation = operation
         self.model = model
         self.spots = walk(model)
-        self._edits: list[Edit] = []
+        self._edits: dict[tuple[int, str, Any], Edit] = {}
         self._replaced: list[tuple[Spot, nn.Module, str, bool]] = []
         self._skipped: list[Skipped] = []
         self._notes: list[str] = []
@@ -30,39 +30,39 @@ class Plan:
     def replace(self, spot: Spot, new: nn.Module, *, note: str = "") -> None:
         """Put `new` wherever the module stands."""
         for owner, key in spot.places:
-            self._edits.append(Edit(owner, "_modules", key, spot.module, new))
+            self._edit(Edit(owner, "_modules", key, spot.module, new))
         self._replaced.append((spot, new, note, False))
 
     def set_parameter(self, module: nn.Module, name: str, value: nn.Parameter | None) -> None:
         """Give the module this parameter in place of the one (or the None) that it has."""
-        self._edits.append(Edit(module, "_parameters", name, module._parameters[name], value))
+        self._edit(Edit(module, "_parameters", name, module._parameters[name], value))
 
     def set_buffer(self, module: nn.Module, name: str, value: torch.Tensor) -> None:
         """Give the module this buffer in place of the one that it has."""
-        self._edits.append(Edit(module, "_buffers", name, module._buffers[name], value))
+        self._edit(Edit(module, "_buffers", name, module._buffers[name], value))
 
     def set_requires_grad(self, module: nn.Module, name: str, value: bool) -> None:
         """Whether this parameter of the module is trained."""
         old = getattr(module, name).requires_grad
-        self._edits.append(Edit(module, "requires_grad", name, old, value))
+        self._edit(Edit(module, "requires_grad", name, old, value))
 
     def set_attribute(self, module: nn.Module, name: str, value: object) -> None:
         """Give the module this plain attribute."""
-        self._edits.append(Edit(module, "__dict__", name, vars(module).get(name, MISSING), value))
+        self._edit(Edit(module, "__dict__", name, vars(module).get(name, MISSING), value))
 
     def drop_attribute(self, module: nn.Module, name: str) -> None:
         """Take this plain attribute away from the module."""
-        self._edits.append(Edit(module, "__dict__", name, vars(module)[name], MISSING))
+        self._edit(Edit(module, "__dict__", name, vars(module)[name], MISSING))
 
     def set_class(self, module: nn.Module, cls: type[nn.Module]) -> None:
         """Make the very module an object of this class: hooks, parameters and all that refers to it stay."""
-        self._edits.append(Edit(module, "__class__", "", type(module), cls))
+        self._edit(Edit(module, "__class__", "", type(module), cls))
 
     def add_forward_hook(self, module: nn.Module, hook: Callable[..., Any]) -> None:
         """Have this function called behind the module's forward, if it is not yet."""
         number = RemovableHandle(module._forward_hooks).id
         if hook not in module._forward_hooks.values():
-            self._edits.append(Edit(module, "_forward_hooks", number, MISSING, hook))
+            self._edit(Edit(module, "_forward_hooks", number, MISSING, hook))
 
     def alter(self, spot: Spot, *, note: str = "", only_class: bool = False) -> None:
         """Report the module as changed, which is still the same object; `only_class`: it does nothing new."""
@@ -81,7 +81,7 @@ class Plan:
         before = [short(spot.module) for spot, *_ in self._replaced]
         tried: list[Edit] = []
         try:
-            for edit in self._edits:
+            for edit in self._edits.values():
                 tried.append(edit)
                 edit.make()
             changed = tuple(
@@ -100,11 +100,15 @@ class Plan:
             operation=self.operation,
             notes=(*self._notes, *self._nothing()),
             _original=self.model,
-            _edits=tuple(self._edits),
+            _edits=tuple(self._edits.values()),
             _modes=tuple(
                 (spot.module, new, new.training) for spot, new, *_ in self._replaced if new is not spot.module
             ),
         )
+
+    def _edit(self, edit: Edit) -> None:
+        """Take it in; what was planned for the same thing before gives way, so that one edit undoes it."""
+        self._edits[id(edit.owner), edit.table, edit.key] = edit
 
     def _nothing(self) -> list[str]:
         """Why there is nothing to report, if there is not."""

@@ -7,10 +7,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from batchnorm._errors import InputError, InputTypeError, message
 from batchnorm.checks._collect import collect, collect_state, compiled
-from batchnorm.checks._fix import repair
+from batchnorm.checks._fix import known, marked, repair
 from batchnorm.checks.evidence import Evidence
 from batchnorm.checks.finding import Finding
 from batchnorm.checks.findings import Findings
@@ -137,7 +138,12 @@ def check(
         has.add("graph")
     if world_size > 1:
         has.add("world_size")
-    return judged(evidence, rules, given=frozenset(has), model=network)
+    return judged(evidence, rules, given=frozenset(has), model=network, held=_held(model))
+
+
+def _held(model: nn.Module) -> bool:
+    """Whether DistributedDataParallel is around the network: it goes on reducing the parameters that it has seen."""
+    return any(isinstance(each, DistributedDataParallel) for each in model.modules())
 
 
 def _refuse_checkpoint(state: Mapping[str, Any]) -> None:
@@ -160,9 +166,14 @@ def _refuse_checkpoint(state: Mapping[str, Any]) -> None:
 
 
 def judged(
-    evidence: Evidence, rules: Mapping[str, Rule], *, given: frozenset[Need], model: nn.Module | None
+    evidence: Evidence,
+    rules: Mapping[str, Rule],
+    *,
+    given: frozenset[Need],
+    model: nn.Module | None,
+    held: bool = False,
 ) -> Findings:
-    """Let every rule that has what it needs look at the evidence."""
+    """Let every rule that has what it needs look at the evidence. `held`: a wrapper holds the model's parameters."""
     found: list[Finding] = []
     ran, not_run = [], {}
     for code, rule in rules.items():
@@ -182,13 +193,16 @@ def judged(
         notes.append(f"a backward pass could not be run: {evidence.run.no_backward}")
     if evidence.untraced:
         notes.append(f"not all of the forward could be followed: {evidence.untraced}")
+    layers = {} if model is None else known(model, [layer.name for layer in evidence.layers])
     return Findings(
-        found,
+        found if model is None else marked(model, found, layers),
         layers=len(evidence.layers),
         ran=ran,
         not_run=not_run,
         notes=notes,
-        repair=None if model is None else lambda findings, inplace: repair(model, findings, inplace=inplace),
+        repair=None
+        if model is None
+        else lambda some, inplace: repair(model, some, layers, inplace=inplace, parameters=not held),
     )
 
 

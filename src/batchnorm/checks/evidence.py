@@ -94,6 +94,9 @@ class Seen:
     faster: str = ""  # that way
     error: float | None = None  # of its backend against float64, relative to the largest value
     error_bound: float | None = None  # what is promised or usual
+    instead: str = (
+        ""  # what passes the same test: "batchnorm", this package's layer, or "reference", its backend
+    )
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,10 +1,10 @@
 """One finding: what a rule says about a layer, or about the model."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-__all__ = ["SEVERITIES", "Finding", "Severity"]
+__all__ = ["SEVERITIES", "Finding", "Severity", "worst_first"]
 
 Severity = Literal["error", "warning", "info"]
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "info")  # the worst first
@@ -25,6 +25,7 @@ class Finding:
         evidence: the numbers of the message, by name.
         reference: where to read more: a paper, PyTorch's documentation or a thread.
         also: other layers for which the very same holds, folded into this one.
+        mendable: whether `findings.fix()` mends it, in every one of its layers.
 
     Example:
         >>> import torch, batchnorm
@@ -44,9 +45,15 @@ class Finding:
     evidence: Mapping[str, Any] = field(default_factory=dict)
     reference: str = ""
     also: tuple[str, ...] = ()
+    mendable: bool = False
 
     def __str__(self) -> str:
         """One line."""
         where = self.module or "model"
         more = f" (and {len(self.also)} more)" if self.also else ""
         return f"{where}{more}: {self.code} {self.severity}: {self.message}"
+
+
+def worst_first(findings: Iterable[Finding]) -> tuple[Finding, ...]:
+    """In order of severity, then of code."""
+    return tuple(sorted(findings, key=lambda each: (SEVERITIES.index(each.severity), each.code)))

@@ -1,11 +1,12 @@
 """All findings of a check, as a result: text, page, JSON, and the fixes that are safe."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, ClassVar
 
+from batchnorm._errors import ModelError, message
 from batchnorm._walk import Changes
-from batchnorm.checks.finding import SEVERITIES, Finding, Severity
-from batchnorm.checks.rule import rule_named
+from batchnorm.checks.finding import SEVERITIES, Finding, Severity, worst_first
+from batchnorm.checks.rule import chosen, rule_named
 from batchnorm.checks.telling import document_of
 from batchnorm.report import Document, Reported
 
@@ -47,7 +48,7 @@ class Findings(Reported):
         notes: Sequence[str],
         repair: Callable[[Sequence[Finding], bool], Changes] | None,
     ) -> None:
-        self.findings = tuple(sorted(findings, key=lambda each: (SEVERITIES.index(each.severity), each.code)))
+        self.findings = worst_first(findings)
         self.layers = layers
         self.ran = tuple(ran)
         self.not_run = not_run
@@ -88,23 +89,54 @@ class Findings(Reported):
             f"by {len(self.ran)} rule{'s' if len(self.ran) != 1 else ''}"
         )
 
-    def fix(self, *, inplace: bool = False) -> Changes:
-        """Apply the fixes that cannot change what the network computes, and return what was done.
+    def fix(
+        self,
+        select: Iterable[str] | str | None = None,
+        *,
+        ignore: Iterable[str] | str | None = None,
+        inplace: bool = False,
+    ) -> Changes:
+        """Apply the fixes that are safe, and return what was done.
 
-        The rules whose findings it can mend say so on their pages; the others are in `skipped`, each with its fix.
+        A fix is safe if the network computes the same in eval mode afterwards, up to rounding (and, in BN112, up to
+        what a device gets wrong), if the names in its state dict stay, if no parameter that an optimizer may hold is
+        replaced without a word, and if the finding is gone when `check` runs again. These rules have one: BN003, BN004,
+        BN010, BN015, BN016, BN105, BN109 and BN112; their pages say what it does. A finding is `mendable` where it can
+        be applied to all of its layers. Everything else is in `skipped`, each layer with the reason and the fix that
+        is left to you.
+
+        Wrong to use instead of reading: training may go on differently, which is what most of these fixes are for.
+
+        Args:
+            select: codes, or beginnings of codes, of the rules whose findings are mended; all, if not given.
+            ignore: codes, or beginnings of codes, of rules whose findings are left alone, and not reported.
+            inplace: change the model itself; else a deep copy is changed. Of a model in a wrapper
+                (DistributedDataParallel, torch.compile) it is the network inside.
+
+        Returns:
+            Changes: `changed` says what was done in each layer, by rule; `skipped` and `notes` what was not, and why, a
+                layer that has been taken out or replaced since the check among them. `revert()` takes all of it back.
 
         Raises:
-            ModelError: the check was of a state dict, or the model cannot be copied.
-        """
-        from batchnorm._errors import ModelError, message
+            InputError: an unknown rule.
+            ModelError: the check was of a state dict; or a part of the model is wrapped for distributed training, or it
+                cannot be copied.
 
+        Example:
+            >>> import torch, batchnorm
+            >>> net = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.BatchNorm1d(8, momentum=0.99))
+            >>> changes = batchnorm.check(net).fix("BN004")
+            >>> changes.changed[0].after, changes.changed[0].note
+            ('torch.nn.BatchNorm1d(8, momentum=0.01)', 'BN004: momentum is 0.01 now')
+        """
+        rules = chosen(select, ignore)
         if self._repair is None:
             raise ModelError(
                 message(
                     "fix", got="a check of a state dict", expected="a check of a model", fix="Pass the model."
                 )
             )
-        return self._repair(self.findings, inplace)
+        return self._repair([each for each in self.findings if each.code in rules], inplace)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain dictionaries and lists."""
@@ -121,6 +153,7 @@ class Findings(Reported):
                     "message": each.message,
                     "cause": each.cause,
                     "fix": each.fix,
+                    "mendable": each.mendable,
                     "evidence": dict(each.evidence),
                     "reference": each.reference,
                 }

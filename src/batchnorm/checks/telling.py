@@ -7,7 +7,7 @@ from batchnorm.checks.finding import SEVERITIES, Finding, Severity
 from batchnorm.checks.rule import Need, Rule, all_rules, rule_named
 from batchnorm.report import Block, Document, Paragraph, Section, Table, Tone, Verdict
 
-__all__ = ["document_of", "needs", "places", "rule_as_dict", "rules_as_dicts", "told"]
+__all__ = ["document_of", "fix_label", "needs", "places", "rule_as_dict", "rules_as_dicts", "told"]
 
 _TITLES: dict[Severity, str] = {
     "error": "Errors: results are wrong",
@@ -56,7 +56,12 @@ def places(finding: Finding, most: int = 3) -> str:
 
 def told(finding: Finding) -> str:
     """A finding in three lines."""
-    return f"{finding}\n  why: {finding.cause}\n  fix: {finding.fix}"
+    return f"{finding}\n  why: {finding.cause}\n  {fix_label(finding)}: {finding.fix}"
+
+
+def fix_label(finding: Finding) -> str:
+    """What stands before its fix: also whether `Findings.fix` does it."""
+    return "fix (safe, by findings.fix())" if finding.mendable else "fix"
 
 
 def document_of(
@@ -92,7 +97,7 @@ def _blocks(finding: Finding) -> list[Block]:
         Verdict(kind, f"at {places(finding)}", rule.title, _TONES[finding.severity]),
         Paragraph(finding.message, lead="Seen:"),
         Paragraph(finding.cause, lead="Why:"),
-        Paragraph(finding.fix, lead="Fix:"),
+        Paragraph(finding.fix, lead=f"{fix_label(finding).capitalize()}:"),
     ]
     if finding.reference:
         blocks.append(Paragraph(finding.reference, small=True))

@@ -10,7 +10,7 @@ from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderR
 from rich.text import Text
 
 from batchnorm.checks.rule import rule_named
-from batchnorm.checks.telling import places
+from batchnorm.checks.telling import fix_label, places
 
 if TYPE_CHECKING:
     from batchnorm.checks import Finding, Findings
@@ -31,6 +31,7 @@ def render(findings: "Findings") -> RenderableType:
             parts += [_finding(each), Text()]
     parts.append(Text(findings.summary, style=_summary_style(findings)))
     last = [f"more about a rule: batchnorm explain {findings[0].code}"] if findings else []
+    last += [_mended(findings)] if any(each.mendable for each in findings) else []
     last += [f"note: {note}" for note in findings.notes]
     last += [f"not looked at: {unseen(findings.not_run)}"] if findings.not_run else []
     parts.append(_Lines(*(("", line, "dim") for line in last)))
@@ -72,8 +73,19 @@ def _finding(finding: "Finding") -> _Lines:
         ("seen", finding.message, ""),
         ("why", finding.cause, ""),
         ("fix", finding.fix, "green"),
+        *((("", _SAFE, "dim"),) if finding.mendable else ()),
         indent=8,
     )
+
+
+_SAFE = "(safe, by findings.fix())"
+
+
+def _mended(findings: "Findings") -> str:
+    """What `Findings.fix` would mend, by rule."""
+    codes = ", ".join(sorted({each.code for each in findings if each.mendable}))
+    number = sum(each.mendable for each in findings)
+    return f"{number} of {len(findings)} can be mended by batchnorm.check(...).fix() in Python: {codes}"
 
 
 def unseen(not_run: Mapping[str, str]) -> str:
@@ -108,7 +120,9 @@ def github(findings: "Findings") -> str:
     lines = []
     for each in findings:
         title = _escaped(f"{each.code} {rule_named(each.code).title}", _IN_TITLE)
-        text = f"{places(each)}: {each.message}. Why: {each.cause}. Fix: {each.fix}"
+        text = (
+            f"{places(each)}: {each.message}. Why: {each.cause}. {fix_label(each).capitalize()}: {each.fix}"
+        )
         lines.append(f"::{_COMMANDS[each.severity]} title={title}::{_escaped(text, _IN_TEXT)}\n")
     return "".join(lines)
 

@@ -47,7 +47,8 @@ class Still:
 
     def __enter__(self) -> Self:
         modules = list(self.model.modules())
-        self._flags = [(module, module.training) for module in modules]
+        # A frozen layer says False, and remembers the mode that it was put in.
+        self._flags = [(module, vars(module).get("training", module.training)) for module in modules]
         self._tables = [(module, dict(module._buffers)) for module in modules]
         for buffer in self.model.buffers():
             if not isinstance(buffer, UninitializedBuffer) and not buffer.is_inference():

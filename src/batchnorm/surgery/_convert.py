@@ -28,7 +28,7 @@ from batchnorm.surgery._rebuild import (
 )
 from batchnorm.surgery._trace import Traced, trace_parts
 
-__all__ = ["convert", "new_class", "plan_conversion", "target_of"]
+__all__ = ["convert", "new_class", "plan_conversion", "recast", "target_of"]
 
 # What belongs to the numbers of a layer and not to its class.
 _FIXED = ("num_features", "affine", "bias", "track_running_stats", "device", "dtype")
@@ -258,7 +258,7 @@ class _Conversion:
         others = {
             name: each for name, each in self.options.items() if name not in self.family.rebuilt.options
         }
-        _recast(ready, cls, others)
+        recast(ready, cls, others)
         new, reason = make(spot.module, ready, self.family, self.options, self.parts)
         if new is None:
             self.result.skip(spot, reason)
@@ -295,7 +295,7 @@ class _Conversion:
         self.result.replace(spot, new, note=note)
 
 
-def _recast(layer: nn.Module, cls: type[nn.Module], options: dict[str, Any]) -> None:
+def recast(layer: nn.Module, cls: type[nn.Module], options: dict[str, Any]) -> None:
     """Give a layer that is in no model yet another class and options."""
     if cls is not type(layer) or options:
         plan = Plan("convert", layer)

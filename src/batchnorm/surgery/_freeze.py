@@ -14,7 +14,7 @@ from batchnorm.surgery import _kinds as kinds
 from batchnorm.surgery._convert import new_class, plan_conversion, target_of
 from batchnorm.surgery._trace import Traced, trace_parts
 
-__all__ = ["freeze", "unfreeze"]
+__all__ = ["freeze", "plan_freeze", "unfreeze"]
 
 # Each operation leaves a number of its own on the layers that it changed. Where a later one has put another there,
 # the earlier cannot be reverted before it: that would leave a layer half frozen.
@@ -108,6 +108,12 @@ def freeze(
             why += [] if done and done[-1] != "statistics" else ["no weight or bias of it is trained"]
         _report(plan, spot, done, why, "frozen")
     return plan.apply()
+
+
+def plan_freeze(plan: Plan, module: nn.Module, cls: type[nn.Module]) -> None:
+    """Plan that the layer keeps its statistics, as one of the frozen layers of this class."""
+    plan.set_class(module, frozen_class(cls))
+    plan.set_attribute(module, _STAMP, next(_stamps))
 
 
 def unfreeze(

@@ -19,8 +19,9 @@ becomes infinite, and the channels constant.
 
 ## What to do
 
-Keep batch norms in float32: they are fed half precision and return it. `findings.fix()` does that. Then renew
-what was lost: `batchnorm.recalibrate(model, loader)`.
+Keep batch norms in float32: they are fed half precision and return it. `findings.fix()` does that; weight and bias
+of PyTorch's layers, which refuse two dtypes, become new parameters in float32, and it says so. Then renew what was
+lost: `batchnorm.recalibrate(model, loader)`.
 """
 
 from collections.abc import Iterator

@@ -11,7 +11,8 @@ Numbers taken from a paper or from code for another framework: 0.9 and 0.99 ther
 ## What to do
 
 Set `layer.momentum = 0.01`, and renew the statistics: `batchnorm.recalibrate(model, loader)`. `findings.fix()`
-sets it to 1 − momentum. A momentum of 1.0 is left to you: it may be meant.
+sets it to 1 − momentum. A momentum of 1.0 is left to you, for it may be meant, and so is 0.5, which is the same in
+both.
 """
 
 from collections.abc import Iterator

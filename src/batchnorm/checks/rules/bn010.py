@@ -16,7 +16,8 @@ what was trained and not the statistics that moved.
 
 ## What to do
 
-- `batchnorm.freeze(model, inplace=True)`, or of the part: statistics stay through `model.train()`.
+- `batchnorm.freeze(model, inplace=True)`, or of the part: statistics stay through `model.train()`. `findings.fix()`
+  freezes the statistics of just these layers.
 - If the statistics are to follow the new data, with the weights as they are: that is what
   `batchnorm.recalibrate` does, once and exactly.
 """

@@ -10,7 +10,8 @@ in the forward. Before a frozen layer a bias is not dead: the mean stays, and th
 ## What to do
 
 `batchnorm.absorb_bias(model)` takes the bias out and corrects the running mean, so that the outputs stay. In
-code, `bias=False`. `findings.fix()` leaves it: old state dicts have the bias, and an optimizer holds it.
+code, `bias=False`. `findings.fix()` leaves it: the state dict loses a key, and a checkpoint from before, loaded with
+`strict=False`, would be off by the bias in eval mode.
 """
 
 from collections.abc import Iterator

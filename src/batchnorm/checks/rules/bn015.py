@@ -10,6 +10,8 @@ count, a value that the compiler does not know, and `fullgraph=True` fails. This
 
 - `layer.momentum = 0.1` for training; then `batchnorm.recalibrate(model, loader)` where exact statistics are wanted.
 - For `torch.compile`: `batchnorm.convert(model, "batchnorm")`.
+
+`findings.fix()` does the one or the other; the statistics stay what they are.
 """
 
 from collections.abc import Iterator

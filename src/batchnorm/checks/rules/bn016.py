@@ -9,8 +9,8 @@ not counted. It is found with `batches` and, outside of `torch.distributed`, `wo
 
 ## What to do
 
-`batchnorm.convert(model, "sync")`: statistics of all processes. If they together have few,
-`batchnorm.convert(model, "renorm")`, or `batchnorm.freeze(model)` when fine-tuning.
+`batchnorm.convert(model, "sync")`: statistics of all processes. `findings.fix()` does so for these layers. If they
+together have few, `batchnorm.convert(model, "renorm")`, or `batchnorm.freeze(model)` when fine-tuning.
 """
 
 from collections.abc import Iterator
@@ -49,7 +49,12 @@ def BN016(self: Rule, evidence: Evidence) -> Iterator[Finding]:  # noqa: N802 - 
                 f"{together} together",
                 cause="below 16 samples the batch's mean and variance are noise enough to cost accuracy",
                 fix=f'batchnorm.convert(model, "{to}")',
-                evidence={"samples": samples, "world_size": evidence.world_size},
+                evidence={
+                    "samples": samples,
+                    "world_size": evidence.world_size,
+                    "together": together,
+                    "to": to,
+                },
             )
 
 

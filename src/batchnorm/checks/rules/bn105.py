@@ -12,8 +12,9 @@ The rule runs one forward and one backward in training mode and reads `num_batch
 
 ## What to do
 
-Checkpointing: this package's layers do not count a recomputation; `batchnorm.convert(model, "batchnorm")`. With
-PyTorch's layers `momentum = 1 - (1 - momentum) ** 0.5` gives back what was meant.
+Checkpointing: this package's layers do not count a recomputation; `batchnorm.convert(model, "batchnorm")`.
+`findings.fix()` does so for these layers, unless they are called several times a forward, too. With PyTorch's layers
+`momentum = 1 - (1 - momentum) ** 0.5` gives back what was meant.
 """
 
 from collections.abc import Iterator
@@ -51,7 +52,7 @@ def BN105(self: Rule, evidence: Evidence) -> Iterator[Finding]:  # noqa: N802 - 
                 f"{step} updates of the running statistics in a step, {step - forward} of them in backward",
                 cause=f"activation checkpointing runs the forward again, and it counts again: {acts}",
                 fix=fix,
-                evidence={"forward": forward, "step": step},
+                evidence={"forward": forward, "step": step, "cause": "recomputation"},
             )
         elif forward > 1:
             yield self.finding(
@@ -60,5 +61,5 @@ def BN105(self: Rule, evidence: Evidence) -> Iterator[Finding]:  # noqa: N802 - 
                 cause="the layer is called several times a forward, and its running statistics mix what it gets",
                 fix="nothing, if all its inputs are alike (BN110 looks at that); else a layer for each",
                 severity="info",
-                evidence={"forward": forward, "step": step},
+                evidence={"forward": forward, "step": step, "cause": "calls"},
             )

@@ -12,8 +12,9 @@ layer of this package stays far below in float32: 3e-7 on the CPU.
 
 ## What to do
 
-Update PyTorch and the driver. Until then `batchnorm.convert(model, "batchnorm")`, with `backend="reference"` if this
-package's own layer is the one that is wrong. Please report it.
+Update PyTorch and the driver. Until then the finding names what passed the same test here: `batchnorm.convert(model,
+"batchnorm")`, or that with `backend="reference"`, plain PyTorch operators, which is slow. `findings.fix()` puts it in;
+where neither passes it leaves the layer. Please report it.
 """
 
 from collections.abc import Iterator
@@ -23,6 +24,13 @@ from batchnorm.checks.finding import Finding
 from batchnorm.checks.rule import Rule, rule
 
 __all__ = ["BN112"]
+
+_FIX = "update PyTorch and the driver"
+_UNTIL_THEN = {
+    "": "; this package's layers are wrong here, too",
+    "batchnorm": '; until then batchnorm.convert(model, "batchnorm"), which is right here',
+    "reference": '; until then batchnorm.convert(model, "batchnorm", backend="reference"), which is right here',
+}
 
 
 @rule(
@@ -42,6 +50,6 @@ def BN112(self: Rule, evidence: Evidence) -> Iterator[Finding]:  # noqa: N802 - 
             f"output or gradient off by {seen.error:.1e} of the largest value in {str(seen.dtype)[6:]}; "
             f"{seen.error_bound:.0e} would be much",
             cause="the batch norm of this device or version computes something else than the same layer in float64",
-            fix='update PyTorch and the driver; batchnorm.convert(model, "batchnorm") until then',
-            evidence={"error": seen.error, "bound": seen.error_bound},
+            fix=_FIX + _UNTIL_THEN[seen.instead],
+            evidence={"error": seen.error, "bound": seen.error_bound, "instead": seen.instead},
         )
