@@ -22,6 +22,7 @@ import torch
 
 from batchnorm.checks.evidence import Evidence, Layer, Seen
 from batchnorm.checks.finding import Finding
+from batchnorm.checks.measures import share_of_data
 from batchnorm.checks.rule import Rule, rule
 
 __all__ = ["BN108"]
@@ -76,7 +77,8 @@ def _still(layer: Layer, seen: Seen) -> tuple[torch.Tensor, torch.Tensor]:
     largest = torch.stack([call.var for call in seen.train]).amax(0)
     means = torch.stack([call.mean for call in seen.train])
     eps = layer.eps or 0.0
-    varied = layer.var > max(eps, 1e-12)
+    # Beyond what is left in it of the 1 that a running variance starts at.
+    varied = layer.var - (1 - share_of_data(layer)) > max(eps, 1e-12)
     if layer.weight is not None:
         varied &= layer.weight.abs() > _WEIGHT
     still = varied & (largest <= _STILL * layer.var)
