@@ -31,8 +31,8 @@ __all__ = [
 
 # A channel whose variance is below this share of the layer's median variance carries nothing that could be compared.
 ALIVE = 1e-6
-# Between 1e-3 and 1e-6 of the largest MobileNetV2 and EfficientNet-lite0 have 5 channels of 38,064, below that 162: what is dead
-# is so by far.
+# Between 1e-3 and 1e-6 of the largest MobileNetV2 and EfficientNet-lite0 have 5 channels of 38,064, below that 162:
+# what is dead is so by far.
 _DEAD = 1e-3
 _CONSTANT = 1e-4
 # Means beyond chance by so many standard deviations of the test statistic: a chance of 3e-7.

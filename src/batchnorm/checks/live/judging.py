@@ -9,6 +9,7 @@ from torch import nn
 
 from batchnorm.checks._check import judged
 from batchnorm.checks._collect import decay_of, steps_of
+from batchnorm.checks._host import on_host
 from batchnorm.checks._state import norms_of
 from batchnorm.checks.evidence import Call, Evidence, Fed, Run, Seen
 from batchnorm.checks.finding import SEVERITIES, Finding
@@ -19,8 +20,10 @@ from batchnorm.checks.rule import Need, Rule
 __all__ = ["Judge", "Told"]
 
 _LOOKS = 8  # whose calls are evidence
-# The model's input is no matter of the weights, so that older looks still count.
+# Batches of the model's input, which is no matter of the weights, so that older ones still count.
 _INPUTS = 32
+# What a few looks may show that the next ones do not: measured on batches, or near a bound.
+_WAVERING = {"BN005", "BN007", "BN008", "BN103", "BN105", "BN106", "BN107", "BN108", "BN110"}
 # What needs the network's code or runs of its own.
 _LEFT = {
     **dict.fromkeys(("BN012", "BN013", "BN018"), "batchnorm.check(model)"),
@@ -49,8 +52,8 @@ class Told:
 class Judge:
     """All rules that a training gives evidence for.
 
-    A finding is told when two looks in a row have it; what layers are by themselves, if it is a warning or an error,
-    at once. It has gone when two looks in a row lack it.
+    What layers and optimizer are by themselves is told at once; what is measured on batches, when two looks in a row
+    have it. It has gone when two looks in a row lack it.
     """
 
     def __init__(
@@ -68,18 +71,21 @@ class Judge:
         self._left = {code: why for code, why in _LEFT.items() if code in rules}
         self._world_size, self._unheard = world_size, unheard
         self._looks: deque[Look] = deque(maxlen=_LOOKS)
-        self._inputs: deque[Look] = deque(maxlen=_INPUTS)
+        self._inputs: deque[Call] = deque(maxlen=_INPUTS)
         self._before: list[Finding] = []  # what the last look found
         self._absent: dict[int, int] = {}  # of what was told: for how many looks it has not been there
         self._latest: Findings | None = None
         # SGD does not count its steps; from a fresh model on they can be counted here.
         self._fresh = all(not layer._buffers.get("num_batches_tracked") for _, layer in norms_of(model))
 
+    def glance(self, input: Call | None) -> None:
+        """Take in the moments of a batch of the model's input, on its device."""
+        if input is not None:
+            self._inputs.append(input)
+
     def judge(self, look: Look, steps: int) -> list[Finding]:
         """Take in a look, after so many steps; what is told for the first time."""
         self._looks.append(look)
-        if look.input is not None:
-            self._inputs.append(look)
         given: set[Need] = {"model"}
         if self._optimizer is not None:
             given.add("optimizer")
@@ -88,8 +94,9 @@ class Judge:
         if any(each.seen for each in self._looks):
             given.add("batches")
         latest = judged(self._evidence(steps), self._rules, given=frozenset(given), model=None)
-        self._latest, before, self._before = latest, self._before, list(latest)
-        return self._sorted_out(list(latest), before, look.step)
+        found = [each for each in latest if not _may_be_rare(each)]
+        self._latest, before, self._before = latest, self._before, found
+        return self._sorted_out(found, before, look.step)
 
     def findings(self) -> Findings:
         """All that has been told, those that have gone among them, of which the notes say so."""
@@ -130,7 +137,7 @@ class Judge:
             },
             run=Run(
                 tuple(Fed(look.samples) for look in looks),
-                inputs=_alike([look.input for look in self._inputs if look.input is not None]),
+                inputs=_alike(self._inputs),
             ),
             decay={} if optimizer is None else decay_of(norms_of(self._model), optimizer),
             steps=counted,
@@ -149,8 +156,9 @@ class Judge:
         for each in found:
             if any(_same(each, told.finding) and not _worse(each, told.finding) for told in self.told):
                 continue
-            certain = each.code < "BN100" and each.severity != "info"
-            if certain or any(_same(each, other) and not _worse(each, other) for other in before):
+            if each.code not in _WAVERING or any(
+                _same(each, other) and not _worse(each, other) for other in before
+            ):
                 self.told.append(Told(each, step, step))
                 new.append(each)
         return new
@@ -181,6 +189,15 @@ def _merged(looks: Sequence[Look], name: str, channels: int) -> Seen | None:
     )
 
 
-def _alike(calls: Sequence[Call]) -> tuple[Call, ...]:
-    """The batches of the model's input that have as many cells as the last one."""
-    return tuple(call for call in calls if call.mean.numel() == calls[-1].mean.numel())
+def _may_be_rare(finding: Finding) -> bool:
+    """A channel that is 0 in the last looks and was not before them: a pixel that has ink in one digit of 250."""
+    return finding.code == "BN108" and not finding.evidence["differ"]
+
+
+def _alike(inputs: deque[Call]) -> tuple[Call, ...]:
+    """The batches of the model's input that have as many cells as the last one, on the CPU from now on."""
+    numbers = iter(on_host([part for call in inputs for part in (call.mean, call.var, call.between)]))
+    moved = [replace(call, mean=next(numbers), var=next(numbers), between=next(numbers)) for call in inputs]
+    inputs.clear()
+    inputs.extend(moved)
+    return tuple(call for call in moved if call.mean.numel() == moved[-1].mean.numel())

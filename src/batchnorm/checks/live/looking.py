@@ -17,7 +17,7 @@ from batchnorm.checks._watching import Watch
 from batchnorm.checks.evidence import Call, Layer, Seen
 from batchnorm.stats._batches import samples_in
 
-__all__ = ["Look", "Looking"]
+__all__ = ["Look", "Looking", "cells"]
 
 # Of the model's input: pictures are cut into so many cells a side, and of other input so many features are taken.
 _CELLS = 8
@@ -32,7 +32,6 @@ class Look:
     layers: tuple[Layer, ...]
     seen: Mapping[str, Seen]  # calls in training, as batch 0
     samples: int
-    input: Call | None  # the model's own input, cell by cell
 
     def calls(self, name: str) -> tuple[Call, ...]:
         """Of a layer, in training."""
@@ -52,17 +51,13 @@ class Looking:
         self._handles: list[RemovableHandle] = []
         self._before: dict[str, Tensor] = {}
         self._counts: list[tuple[dict[str, Tensor], dict[str, Tensor]]] = []  # before and behind each forward
-        self._input: Call | None = None
 
     def begin(self, args: Any, kwargs: Any) -> None:
         """The model is called in training mode."""
         if not self._watch.norms:
             return
-        size = samples_in(args)
-        self._watch.samples = (samples_in(kwargs) if size is None else size) or 0
+        self._watch.samples = _samples(args, kwargs)
         self._watch.note_inputs(self._model, args, kwargs)
-        if self._input is None:
-            self._input = _cells(args, kwargs, self._watch.samples)
         self._before = self._counters()
         self._watch.mode = "train"
         self._handles += self._watch.hang()
@@ -86,11 +81,7 @@ class Looking:
             replace(layer, training=self._training.get(layer.name, layer.training))
             for layer in layers_of_model(self._model)
         )
-        found = self._input
-        if found is not None:
-            mean, var, between = on_host([found.mean, found.var, found.between])
-            found = replace(found, mean=mean, var=var, between=between)
-        return Look(self.step, layers, seen, self._watch.samples, found)
+        return Look(self.step, layers, seen, self._watch.samples)
 
     def _counters(self) -> dict[str, Tensor]:
         counters = {name: module._buffers.get("num_batches_tracked") for name, module in self._watch.norms}
@@ -114,8 +105,17 @@ class Looking:
         return found
 
 
-def _cells(args: Any, kwargs: Any, samples: int) -> Call | None:
-    """The moments of the model's first floating-point input over the samples, in every cell or feature of it."""
+def _samples(args: Any, kwargs: Any) -> int:
+    size = samples_in(args)
+    return (samples_in(kwargs) if size is None else size) or 0
+
+
+def cells(args: Any, kwargs: Any) -> Call | None:
+    """The moments of the model's first floating-point input over the samples, in every cell or feature of it.
+
+    They stay on their device.
+    """
+    samples = _samples(args, kwargs)
     leaves = (each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor))
     x = next((each.detach() for each in leaves if each.is_floating_point() and each.dim() > 1), None)
     if x is None or samples < 2 or x.shape[0] != samples or not x.numel():

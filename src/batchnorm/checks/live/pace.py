@@ -10,6 +10,7 @@ __all__ = ["SHARE", "Pace"]
 # between this and the 5 % that are promised.
 SHARE = 0.03
 _RECENT = 32  # steps whose median is the time of a step
+_GLANCES = 8  # between two looks
 _LOOKS = 5  # looks whose median is the price of one
 
 
@@ -42,6 +43,11 @@ class Pace:
         self._begun, self._spent_before = now, self.spent
         self.step += 1
         return self.step >= self.next
+
+    @property
+    def glances(self) -> bool:
+        """Whether the model's input of this step is taken down: that is cheap, and a comparison needs many batches."""
+        return (self.step - self.start) % max(1, self.interval // _GLANCES) == 0
 
     def pay(self, since: float) -> None:
         """So much of a look has been done, from `since` until now."""
