@@ -107,6 +107,8 @@ class Judge:
             for each in self.told
             if each.gone
         ]
+        if latest is None:
+            notes.append("no step was looked at: watch the module that the loop calls, or give optimizer=")
         if self._unheard:
             notes.append(
                 f"the model is {self._unheard}: weights and running statistics are looked at, calls are not"

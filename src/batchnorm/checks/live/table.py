@@ -45,6 +45,8 @@ class LiveTable:
 
         if self._live is None:
             console = Console(file=sys.stderr)
+            if console.is_terminal:
+                console.line()  # a progress bar that was there before may stand in the middle of one
             self._live = Live(
                 console=console,
                 auto_refresh=False,

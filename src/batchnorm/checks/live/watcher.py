@@ -1,5 +1,6 @@
 """The watcher: hooks on a model and its optimizer, and what follows from a look."""
 
+import inspect
 import time
 import weakref
 from collections.abc import Callable
@@ -43,6 +44,18 @@ def _deaf() -> Callable[..., None]:
 
 def deaf(*args: Any) -> None:
     """The hook of a copy."""
+
+
+def _calls_of(module: nn.Module) -> int:
+    """How many calls of a module are on the stack, each in the method of PyTorch's that calls its hooks."""
+    frame, found = inspect.currentframe(), 0
+    while frame is not None:
+        found += frame.f_code is _CALL and frame.f_locals.get("self") is module
+        frame = frame.f_back
+    return found
+
+
+_CALL = nn.Module._call_impl.__code__
 
 
 class Watcher:
@@ -166,8 +179,13 @@ class Watcher:
             self._handles.append(register_optimizer_step_post_hook(_Ear(self._stepped_if_mine(first))))
 
     def _forward_begins(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if module is not self._entered or self._inside or ops.is_recomputation():
+        if module is not self._entered or ops.is_recomputation():
             return
+        if self._inside:
+            if _calls_of(module) > 1:
+                return
+            # Ctrl-C: PyTorch calls the hooks behind a forward after an Exception, and not after that.
+            self._end()
         try:
             if not self._by_optimizer:
                 self._settle()
@@ -190,8 +208,11 @@ class Watcher:
             raise
 
     def _forward_ends(self, module: nn.Module, args: Any, output: Any) -> None:
-        if module is not self._entered or not self._inside or ops.is_recomputation():
-            return
+        # Of calls of the model by itself the outer one is meant.
+        if module is self._entered and self._inside and not ops.is_recomputation() and _calls_of(module) == 1:
+            self._end()
+
+    def _end(self) -> None:
         self._inside = False
         if self._looking is not None:
             since = time.perf_counter()
@@ -244,14 +265,14 @@ class Watcher:
         self._writing.write(look, self.numbers, self._summary())
         for finding in new:
             self._writing.tell(finding, look.step)
-        if new:
-            self._tell(look.step, new)
         self._pace.pay(since)
         self._pace.looked()
+        since = time.perf_counter()
         if self._table is not None:
-            since = time.perf_counter()
             self._table.show(self.numbers, self._judge.told, self._pace, self._title(look))
-            self._pace.pay(since)
+        if new:  # above the table
+            self._tell(look.step, new)
+        self._pace.pay(since)
 
     def _summary(self) -> dict[str, float]:
         gaps = [found["mean_gap"] for found in self.numbers.values() if "mean_gap" in found]

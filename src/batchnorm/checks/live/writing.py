@@ -35,7 +35,7 @@ class Writing:
         self._looks = 0
         if writer is None:
             return
-        own = getattr(writer, "add_scalar", None)
+        own = None if isinstance(writer, type) else getattr(writer, "add_scalar", None)
         if callable(own):
             self._scalar = own
             self._text = _method(writer, "add_text")
