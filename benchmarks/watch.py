@@ -39,6 +39,7 @@ def main() -> None:
     parser.add_argument("--no-run", dest="run", action="store_false", help="only what --docs says")
     arguments = parser.parse_args()
     if arguments.run:
+        torch.set_num_threads(1)  # the networks are small
         for name in arguments.only or CASES:
             keep(name, measured(name))
     if arguments.docs:

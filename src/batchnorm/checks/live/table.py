@@ -98,10 +98,10 @@ class LiveTable:
 
 
 class _Above:
-    """Stands for stdout or stderr: whole lines go above the table, the beginning of one below it."""
+    """Stands for stdout or stderr: whole lines go above the table, and one that is being written over below it."""
 
     def __init__(self, stream: IO[str], table: LiveTable) -> None:
-        self._stream, self._table, self._begun = stream, table, ""
+        self._stream, self._table, self._begun, self._below = stream, table, "", False
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
@@ -111,8 +111,12 @@ class _Above:
         *lines, self._begun = (self._begun + text).split("\n")
         for line in lines:
             self._table.print_above(_last(line))
-        self._begun = _last(self._begun)
-        self._table.put_below(self._begun)
+        if "\r" in self._begun:
+            self._begun = _last(self._begun)
+            self._table.put_below(self._begun)
+        elif lines and self._below:
+            self._table.put_below("")
+        self._below = bool(self._begun)
         return len(text)
 
     def writelines(self, lines: Sequence[str]) -> None:
@@ -121,13 +125,15 @@ class _Above:
             self.write(line)
 
     def flush(self) -> None:
-        """All is shown already."""
+        """Show the beginning of a line, too."""
+        if self._begun:
+            self._table.put_below(self._begun)
         self._stream.flush()
 
 
 def _last(line: str) -> str:
     """What is left of a line in which the carriage has returned; cursor movements of nested bars are left out."""
-    written = [part for part in re.sub(r"\x1b\[\d*[A-HJ]", "", line).split("\r") if part]
+    written = [part for part in re.sub(r"\x1b\[\d*[A-HJK]", "", line).split("\r") if part]
     return written[-1] if written else ""
 
 
