@@ -88,9 +88,9 @@ def drawn(x: Tensor, y: Tensor, size: int) -> Batches:
 
 # Network, its name in the table, steps of a stretch, stretches of each of the two.
 CASES: dict[str, tuple[Callable[[], tuple[nn.Module, Batches]], str, int, int]] = {
-    "mlp": (mlp, "MLP, 2 batch norms, batches of 32 rows", 250, 24),
-    "conv": (convolutions, "conv net, 4 batch norms, 64 digits of 8×8", 100, 20),
-    "resnet18": (resnet18, "ResNet-18, 20 batch norms, 16 pictures of 64×64", 10, 16),
+    "mlp": (mlp, "MLP, 2 batch norms, batches of 32 rows", 250, 16),
+    "conv": (convolutions, "conv net, 4 batch norms, 64 digits of 8×8", 60, 16),
+    "resnet18": (resnet18, "ResNet-18, 20 batch norms, 16 pictures of 64×64", 8, 12),
 }
 
 

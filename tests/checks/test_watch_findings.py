@@ -232,3 +232,14 @@ def test_healthy_architectures(name: str) -> None:
     torch.manual_seed(0)
     model = package("torchvision.models").get_model(name, weights=None, num_classes=10)
     assert_healthy(model, digits(60, size=32, channels=3), every=2)
+
+
+def test_what_is_left_of_the_start_of_a_running_variance_is_no_variance() -> None:
+    model = nn.Sequential(nn.BatchNorm1d(4))
+    batches = torch.randn(3, 16, 4)
+    batches[:, :, 0] = 0
+    for _ in range(20):
+        model(batches[0])
+    assert len(batchnorm.check(model, batches=list(batches), select="BN108")) == 0
+    model[0].running_var[0] += 0.1
+    assert len(batchnorm.check(model, batches=list(batches), select="BN108")) == 1
