@@ -174,12 +174,16 @@ def row(title: str, case: dict[str, Any]) -> list[str]:
     over = [100 * (b / a - 1) for a, b in zip(plain, watched, strict=True)]
     return [
         title,
-        f"{1e3 * median(plain) / case['steps']:.2g}",
+        milliseconds(median(plain) / case["steps"]),
         f"{case['steps'] * len(plain):,}",
         f"{case['looks']}",
         f"{median(over):+.1f} % ({percentile(over, 0.2):+.1f} to {percentile(over, 0.8):+.1f})",
         f"{100 * (sum(watched) / sum(plain) - 1):+.1f} %",
     ]
+
+
+def milliseconds(seconds: float) -> str:
+    return f"{1e3 * seconds:.0f}" if seconds >= 0.01 else f"{1e3 * seconds:.2g}"
 
 
 if __name__ == "__main__":

@@ -6,9 +6,11 @@ from collections import deque
 
 __all__ = ["SHARE", "Pace"]
 
-# Of the training's time. What one step's hook costs and what a look leaves in the caches is not measured and has to fit
-# between this and the 5 % that are promised.
+# Of the training's time. What a look leaves in the caches is not measured and has to fit between this and the 5 % that
+# are promised.
 SHARE = 0.03
+_HOOKS = 1e-5  # seconds a step: the two hooks between looks, measured on a model that does nothing
+_LEAST = 0.005  # for looks, where steps are so short that hooks take the rest
 _RECENT = 32  # steps whose median is the time of a step
 _GLANCES = 8  # between two looks
 _LOOKS = 5  # looks whose median is the price of one
@@ -66,8 +68,9 @@ class Pace:
 
     @property
     def overhead(self) -> float:
-        """What looking has cost so far, as a share of the time of the steps alone."""
-        return self.spent / self.time if self.time > 0 else 0.0
+        """What looking and the hooks have cost so far, as a share of the time of the steps alone."""
+        done = max(0, self.step - self.start - 1)
+        return (self.spent + _HOOKS * done) / self.time if self.time > 0 else 0.0
 
     def _plan(self) -> None:
         step = statistics.median(self._steps) if self._steps else 0.0
@@ -75,8 +78,9 @@ class Pace:
         if step <= 0:
             self.next = self.step + 1
             return
-        self.interval = _round_up(price / (SHARE * step))
-        affordable = self.start + (self.spent + price) / (SHARE * step)
+        budget = max(_LEAST * step, SHARE * step - _HOOKS)  # of each step
+        self.interval = _round_up(price / budget)
+        affordable = self.start + (self.spent + price) / budget
         wanted = max(self.step + 1, affordable)
         self.next = -int(-wanted // self.interval) * self.interval
 

@@ -95,6 +95,7 @@ class Watcher:
         self._handles: list[Any] = []
         self._looking: Looking | None = None
         self._inside = False  # the model's forward
+        self._deeper = 0  # calls of the model by itself, of which the outer one is meant
         self._by_optimizer = self._on = False  # a step of the optimizer has begun
         self._closed = False
         # At the interpreter's end, too: a table that is not stopped leaves the terminal without a cursor.
@@ -183,6 +184,7 @@ class Watcher:
             return
         if self._inside:
             if _calls_of(module) > 1:
+                self._deeper += 1
                 return
             # Ctrl-C: PyTorch calls the hooks behind a forward after an Exception, and not after that.
             self._end()
@@ -208,12 +210,15 @@ class Watcher:
             raise
 
     def _forward_ends(self, module: nn.Module, args: Any, output: Any) -> None:
-        # Of calls of the model by itself the outer one is meant.
-        if module is self._entered and self._inside and not ops.is_recomputation() and _calls_of(module) == 1:
+        if module is not self._entered or not self._inside or ops.is_recomputation():
+            return
+        if self._deeper:
+            self._deeper -= 1
+        else:
             self._end()
 
     def _end(self) -> None:
-        self._inside = False
+        self._inside, self._deeper = False, 0
         if self._looking is not None:
             since = time.perf_counter()
             self._looking.end()
