@@ -46,6 +46,7 @@ PUBLIC = [
     "Trace",
     "Translation",
     "VirtualBatchNorm",
+    "Watcher",
     "WhitenedBatchNorm",
     "__version__",
     "absorb_bias",
@@ -73,6 +74,7 @@ PUBLIC = [
     "to_framework",
     "trace",
     "unfreeze",
+    "watch",
 ]
 
 

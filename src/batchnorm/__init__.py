@@ -40,6 +40,7 @@ _HOME = {
     "Trace": "explain",
     "Translation": "stats",
     "VirtualBatchNorm": "nn",
+    "Watcher": "checks",
     "WhitenedBatchNorm": "nn",
     "absorb_bias": "surgery",
     "accumulate": "stats",
@@ -66,6 +67,7 @@ _HOME = {
     "to_framework": "stats",
     "trace": "explain",
     "unfreeze": "surgery",
+    "watch": "checks",
 }
 
 __all__ = ["__version__", *_HOME]  # noqa: PLE0604 - the dictionary's keys are strings
@@ -82,7 +84,9 @@ if TYPE_CHECKING:
     from batchnorm._walk import Changes as Changes
     from batchnorm.checks import Finding as Finding
     from batchnorm.checks import Findings as Findings
+    from batchnorm.checks import Watcher as Watcher
     from batchnorm.checks import check as check
+    from batchnorm.checks import watch as watch
     from batchnorm.comparison import Comparison as Comparison
     from batchnorm.comparison import compare as compare
     from batchnorm.explain import Trace as Trace

@@ -60,7 +60,7 @@ def observe(
     ):
         # Of a checkpoint that runs without gradients, as it does here.
         warnings.filterwarnings("ignore", "None of the inputs have requires_grad", UserWarning)
-        runs = _Runs(model, Watch(norms, still), still, forward, device, told)
+        runs = _Runs(model, Watch(norms), still, forward, device, told)
         with plainly(grad=False):
             gaps = [runs.both_modes(index, batch) for index, batch in enumerate(taken)]
             # The first batch that every layer takes; there is none if all are of one sample.
@@ -104,6 +104,8 @@ class _Runs:
         self._told, self._done = told, 0
         self._output: Tensor | None = None
         self._drops = any(_drops(module) for module in model.modules())
+        for handle in watch.hang():
+            still.keep(handle)
         # Before the hooks of layers, one of which may be the model itself.
         still.keep(model.register_forward_pre_hook(watch.note_inputs, prepend=True, with_kwargs=True))
         still.keep(model.register_forward_hook(self._note_output))

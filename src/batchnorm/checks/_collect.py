@@ -16,7 +16,7 @@ from batchnorm.checks.evidence import Decay, Evidence, Run, Seen, Stale
 from batchnorm.stats._batches import Forward
 from batchnorm.stats._targets import bare
 
-__all__ = ["collect", "collect_state", "compiled"]
+__all__ = ["collect", "collect_state", "compiled", "decay_of", "steps_of"]
 
 
 def collect_state(state: Mapping[str, Any]) -> Evidence:
@@ -61,14 +61,14 @@ def collect(
         untraced=untraced,
         seen=seen,
         run=run,
-        decay={} if optimizer is None else _decay(norms, optimizer),
-        steps=None if optimizer is None else _steps(optimizer),
+        decay={} if optimizer is None else decay_of(norms, optimizer),
+        steps=None if optimizer is None else steps_of(optimizer),
         stale={} if averaged is None else _stale(norms, averaged),
         world_size=world_size,
     )
 
 
-def _decay(norms: Norms, optimizer: torch.optim.Optimizer) -> dict[str, Decay]:
+def decay_of(norms: Norms, optimizer: torch.optim.Optimizer) -> dict[str, Decay]:
     decay = {
         id(p): float(group.get("weight_decay", 0.0))
         for group in optimizer.param_groups
@@ -80,7 +80,7 @@ def _decay(norms: Norms, optimizer: torch.optim.Optimizer) -> dict[str, Decay]:
     }
 
 
-def _steps(optimizer: torch.optim.Optimizer) -> int | None:
+def steps_of(optimizer: torch.optim.Optimizer) -> int | None:
     """How many steps the optimizer has taken, where it counts them (Adam and its kin do, SGD does not)."""
     counts = [state["step"] for state in optimizer.state.values() if "step" in state]
     return int(max(counts)) if counts else None

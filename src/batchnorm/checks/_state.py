@@ -1,7 +1,7 @@
 """The layers as they stand: of a model, or of a state dict alone."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +9,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from batchnorm._walk import Spot, walk
+from batchnorm.checks._host import on_host
 from batchnorm.checks.evidence import Layer
 from batchnorm.nn.batch_norm import Extras
 from batchnorm.nn.frozen import Frozen
@@ -31,12 +32,27 @@ def _is_norm(module: nn.Module) -> bool:
 
 def layers_of_model(model: nn.Module) -> tuple[Layer, ...]:
     """Every batch norm that knows its shape."""
-    return tuple(_layer(spot) for spot in walk(model) if _is_norm(spot.module))
+    spots = [spot for spot in walk(model) if _is_norm(spot.module)]
+    wanted = [(place, key, part) for place, spot in enumerate(spots) for key, part in _parts_of(spot.module)]
+    copies = on_host([part for _, _, part in wanted])
+    numbers: list[dict[str, Tensor]] = [{} for _ in spots]
+    for (place, key, _), copy in zip(wanted, copies, strict=True):
+        numbers[place][key] = copy
+    return tuple(_layer(spot, own) for spot, own in zip(spots, numbers, strict=True))
 
 
-def _layer(spot: Spot) -> Layer:
-    module: Any = spot.module
+def _parts_of(module: Any) -> list[tuple[str, Tensor]]:
+    """What a layer keeps a number a channel of, and its counter."""
+    parts = [(key, module._buffers.get(key)) for key in ("running_mean", "running_var")]
+    parts += [(key, getattr(module, key)) for key in ("weight", "bias")]
+    found = [(key, part) for key, part in parts if _is_wide(part)]
     tracked = module._buffers.get("num_batches_tracked")
+    return found if tracked is None or tracked.is_meta else [*found, ("num_batches_tracked", tracked)]
+
+
+def _layer(spot: Spot, own: Mapping[str, Tensor]) -> Layer:
+    module: Any = spot.module
+    tracked = own.get("num_batches_tracked")
     mean = module._buffers.get("running_mean")
     return Layer(
         name=spot.name,
@@ -48,12 +64,12 @@ def _layer(spot: Spot) -> Layer:
         cumulative=module.momentum is None,
         training=module.training,
         tracks=module.track_running_stats,
-        mean=_wide(mean),
-        var=_wide(module._buffers.get("running_var")),
+        mean=own.get("running_mean"),
+        var=own.get("running_var"),
         kept_in=None if mean is None else mean.dtype,
-        updates=None if tracked is None or tracked.is_meta else int(tracked),
-        weight=_wide(module.weight),
-        bias=_wide(module.bias),
+        updates=None if tracked is None else int(tracked),
+        weight=own.get("weight"),
+        bias=own.get("bias"),
         weight_trained=module.weight is not None and module.weight.requires_grad,
         bias_trained=module.bias is not None and module.bias.requires_grad,
         frozen=isinstance(module, Frozen),
@@ -106,6 +122,8 @@ _PARTS = ("weight", "bias", "num_batches_tracked")
 
 def _wide(values: Any) -> Tensor | None:
     """One number a channel in float64 on the CPU: a copy, so that nothing changes under the rules."""
-    if not isinstance(values, Tensor) or values.is_meta or values.dim() != 1:
-        return None
-    return values.detach().to("cpu", torch.float64, copy=True)
+    return values.detach().to("cpu", torch.float64, copy=True) if _is_wide(values) else None
+
+
+def _is_wide(values: Any) -> TypeGuard[Tensor]:
+    return isinstance(values, Tensor) and not values.is_meta and values.dim() == 1

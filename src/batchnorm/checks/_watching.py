@@ -1,19 +1,20 @@
 """Hooks before every batch norm, which note what each call brings."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
+from torch.utils.hooks import RemovableHandle
 
+from batchnorm.checks._host import on_host
 from batchnorm.checks._padding import padded_share
 from batchnorm.checks.evidence import Call, Seen
 from batchnorm.stats._moments import batch_pool
 from batchnorm.stats._passes import seen_by
-from batchnorm.stats._still import Still
 
 __all__ = ["Norms", "Watch"]
 
@@ -38,9 +39,9 @@ class _Notes:
 
 
 class Watch:
-    """Notes of every layer, while a mode is set; with None nothing is noted."""
+    """Notes of every layer, while a mode is set; with None nothing is noted. The numbers stay on their device."""
 
-    def __init__(self, norms: Norms, still: Still) -> None:
+    def __init__(self, norms: Norms) -> None:
         self.norms = norms
         self.notes = {name: _Notes() for name, _ in norms}
         self.mode: Literal["train", "eval"] | None = None
@@ -49,9 +50,13 @@ class Watch:
         self._sites: dict[str, int] = {}
         self._given: set[int] = set()
         self._reached = 0
-        for name, module in norms:
-            hook = self._hook(name, module.num_features)
-            still.keep(module.register_forward_pre_hook(hook, with_kwargs=True))
+
+    def hang(self) -> list[RemovableHandle]:
+        """Put the hooks on; taking them away is the caller's."""
+        return [
+            module.register_forward_pre_hook(self._hook(name, module.num_features), with_kwargs=True)
+            for name, module in self.norms
+        ]
 
     def begin(self, batch: int, mode: Literal["train", "eval"] | None, samples: int) -> None:
         """Another batch follows, of so many samples."""
@@ -68,11 +73,17 @@ class Watch:
         return {name: None if counter is None else int(counter) for name, counter in found.items()}
 
     def seen(self) -> dict[str, Seen]:
-        """All notes, of the layers that were called."""
+        """All notes, of the layers that were called, brought to the CPU in one go."""
+        calls = [call for notes in self.notes.values() for each in notes.calls.values() for call in each]
+        numbers = iter(on_host([part for call in calls for part in (call.mean, call.var, call.between)]))
+        moved = {
+            id(call): replace(call, mean=next(numbers), var=next(numbers), between=next(numbers))
+            for call in calls
+        }
         return {
             name: Seen(
-                train=tuple(notes.calls["train"]),
-                eval=tuple(notes.calls["eval"]),
+                train=tuple(moved[id(call)] for call in notes.calls["train"]),
+                eval=tuple(moved[id(call)] for call in notes.calls["eval"]),
                 shape=notes.shape,
                 dtype=notes.dtype,
                 channels_last=notes.channels_last,
@@ -132,7 +143,7 @@ def _call(batch: int, site: int, input: Tensor, mask: Tensor | None) -> Call:
         site,
         n,
         input.shape[2:].numel(),
-        values.mean.cpu(),
-        values.biased_var.cpu(),
-        (spread * n / max(1, n - 1)).cpu(),
+        values.mean,
+        values.biased_var,
+        spread * n / max(1, n - 1),
     )

@@ -123,6 +123,8 @@ class Run:
     gap: tuple[float, ...] = ()
     pairs: bool = False  # most batches hold two views of the same samples, both of which the model gets
     no_backward: str = ""  # why the backward pass could not be run
+    # The model's own input in batches of a training, cell by cell: no weight moves between two of them.
+    inputs: tuple[Call, ...] = ()
 
 
 @dataclass(frozen=True)

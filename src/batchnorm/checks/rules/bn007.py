@@ -23,55 +23,35 @@ prune them: what comes behind gets a constant.
 
 from collections.abc import Iterator
 
-import torch
-from torch import Tensor
-
-from batchnorm.checks._words import USUAL_EPS, count, share
-from batchnorm.checks.evidence import Evidence, Layer
+from batchnorm.checks._words import count, share
+from batchnorm.checks.evidence import Evidence
 from batchnorm.checks.finding import Finding
+from batchnorm.checks.measures import dead
 from batchnorm.checks.rule import Rule, rule
 
 __all__ = ["BN007"]
-
-# Between 1e-3 and 1e-6 of the largest the two networks above have 5 channels of 38,064, below that 162: what is dead
-# is so by far.
-_DEAD = 1e-3
-_CONSTANT = 1e-4
 
 
 @rule("BN007", "dead channels", "info", reference="https://arxiv.org/abs/1708.06519")
 def BN007(self: Rule, evidence: Evidence) -> Iterator[Finding]:  # noqa: N802 - named as its code
     """One finding for the model: where most of them are, and how many."""
-    dead: dict[str, int] = {}
+    found: dict[str, int] = {}
     of = 0
     for layer in evidence.layers:
         of += layer.channels
-        number = int(_dead(layer).sum())
+        number = int(dead(layer).sum())
         if number:
-            dead[layer.name] = number
-    if not dead:
+            found[layer.name] = number
+    if not found:
         return
-    number = sum(dead.values())
-    worst, *others = sorted(dead, key=lambda name: -dead[name])
+    number = sum(found.values())
+    worst, *others = sorted(found, key=lambda name: -found[name])
     yield self.finding(
         worst,
-        f"{number:,} of {of:,} channels ({share(number, of)}) are dead, in {count(len(dead), 'layer')}: "
+        f"{number:,} of {of:,} channels ({share(number, of)}) are dead, in {count(len(found), 'layer')}: "
         "their output is constant",
         cause="a ReLU before them that never opens, or weight decay that has pulled γ to 0",
         fix="nothing, if accuracy is right; batchnorm.parameter_groups(model, weight_decay) spares γ",
-        evidence={"channels": number, "of": of, "layers": dead},
+        evidence={"channels": number, "of": of, "layers": found},
         also=tuple(others),
     )
-
-
-def _dead(layer: Layer) -> Tensor:
-    """Which channels are constant at the output."""
-    ones = torch.ones(layer.channels, dtype=torch.float64)
-    gamma = ones if layer.weight is None else layer.weight.abs()
-    var = ones if layer.var is None else layer.var.clamp(min=0)
-    eps = USUAL_EPS if layer.eps is None else max(layer.eps, 0.0)
-    # (a variance of 0 over an eps of 0 is 0 here)
-    spread = gamma * (var / (var + eps)).nan_to_num(0.0).sqrt()
-    # Where all γ are 0, as residual branches start, none is below the largest.
-    dead = (var <= _CONSTANT * eps) | (spread < _DEAD * spread.nan_to_num(0, 0, 0).max())
-    return dead & var.isfinite()  # the others are BN001's

@@ -19,14 +19,16 @@ is centred on itself, in eval on the average of all. On the digits sorted by cla
 `DataLoader(..., shuffle=True)`. Recalibrating does not give back what was not learned. Where a batch must be one
 source: `batchnorm.convert(model, "renorm")`, or a norm that looks at single samples.
 
-At least four batches are needed, and the rule looks only at layers that have one row per sample.
+At least four batches are needed, and the rule looks only at layers that have one row per sample. In `batchnorm.watch`
+it looks at the model's own input instead, where no weight moves between two batches: pictures in up to 8×8 cells, other
+input feature by feature. Batches that differ only in what a network makes of them are for `check`.
 """
 
 from collections.abc import Iterator
 
 from batchnorm.checks.evidence import Evidence
 from batchnorm.checks.finding import Finding
-from batchnorm.checks.measures import scatter
+from batchnorm.checks.measures import Scatter, scatter, scatter_of
 from batchnorm.checks.rule import Rule, rule
 
 __all__ = ["BN107"]
@@ -51,8 +53,11 @@ def BN107(self: Rule, evidence: Evidence) -> Iterator[Finding]:  # noqa: N802 - 
         if not seen.training:
             continue
         measured = scatter(seen, evidence.run)
-        if measured is not None and measured.sure and measured.excess >= _EXCESS and measured.ratio >= _RATIO:
+        if measured is not None and _large(measured):
             found.append((measured, layer.name))
+    at_input = scatter_of(evidence.run.inputs)
+    if at_input is not None and _large(at_input) and any(seen.training for _, seen in evidence.observed()):
+        found.append((at_input, ""))
     if not found:
         return
     worst, name = max(found, key=lambda each: each[0].excess)
@@ -65,3 +70,7 @@ def BN107(self: Rule, evidence: Evidence) -> Iterator[Finding]:  # noqa: N802 - 
         also=tuple(each for _, each in found if each != name),
         evidence={"ratio": worst.ratio, "sigma": worst.excess, "certainty": worst.certainty},
     )
+
+
+def _large(measured: Scatter) -> bool:
+    return measured.sure and measured.excess >= _EXCESS and measured.ratio >= _RATIO

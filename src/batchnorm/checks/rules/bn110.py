@@ -58,7 +58,7 @@ def BN110(self: Rule, evidence: Evidence) -> Iterator[Finding]:  # noqa: N802 - 
     worst, name = max(found, key=lambda each: max(each[0].mean / _MEAN, each[0].factor / _FACTOR))
     yield self.finding(
         name,
-        f"{worst.calls} calls a forward: what call {worst.second + 1} gets is {worst.mean:.1f} σ from what call "
+        f"{worst.calls} calls in a step: what call {worst.second + 1} gets is {worst.mean:.1f} σ from what call "
         f"{worst.first + 1} gets, its variance {worst.factor:.1f} times apart (a quarter of the channels, "
         "in every batch)",
         cause="training normalizes each by its own statistics, eval all by their mixture, which fits none",
