@@ -1,13 +1,12 @@
 import json
 import math
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from cli_helpers import only_error
+from nets_to_check import NETS
 from torch import nn
 from typer.testing import Result
 
@@ -15,86 +14,6 @@ import batchnorm
 from batchnorm.checks.rule import all_rules
 
 Run = Callable[..., Result]
-
-NETS = """
-import torch
-from torch import nn
-
-class Net(nn.Module):
-    def __init__(self, **norm):
-        super().__init__()
-        self.conv = nn.Conv2d(3, 4, 3, bias=False)
-        self.bn = nn.BatchNorm2d(4, **norm)
-
-    def forward(self, x):
-        return self.bn(self.conv(x)).mean((2, 3))
-
-def settled(net):
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for _ in range(200):
-            net.train()(torch.randn(16, 3, 8, 8))
-    return net
-
-def healthy():
-    print("making")
-    return settled(Net())
-
-def keras():
-    return settled(Net(momentum=0.99))
-
-def poisoned():
-    net = settled(Net(momentum=0.99))
-    net.bn.running_var[1] = float("nan")
-    return net
-
-def stale():
-    return settled(Net(momentum=0.0001))
-
-def biased():
-    return nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
-
-def without():
-    return nn.Linear(2, 2)
-
-def fails():
-    raise RuntimeError("no such\\nlayer")
-
-def loader():
-    print("loading")
-    generator = torch.Generator().manual_seed(1)
-    return [(3 * torch.randn(16, 3, 8, 8, generator=generator) + 1, "labels") for _ in range(12)]
-
-def same():
-    generator = torch.Generator().manual_seed(1)
-    return [torch.randn(16, 3, 8, 8, generator=generator) for _ in range(3)]
-
-def few():
-    generator = torch.Generator().manual_seed(1)
-    return [torch.randn(8, 3, 8, 8, generator=generator) for _ in range(3)]
-
-def stream(): return iter(same())
-def loaders():
-    data = torch.utils.data.TensorDataset(torch.randn(48, 3, 8, 8), torch.zeros(48))
-    return torch.utils.data.DataLoader(data, 16), torch.utils.data.DataLoader(data, 24)
-
-def decay(model): return torch.optim.AdamW(model.parameters(), weight_decay=0.01)
-def two(model, lr): return torch.optim.SGD(model.parameters(), lr)
-def unpaid(model): raise TypeError("no lr")
-def parameters(model): return list(model.parameters())
-
-def flat(): return [torch.randn(16, 5)]
-def mixed(): return [torch.randn(16, 3, 8, 8), {"y": 3}]
-def nothing(): return []
-def number(): return 3
-
-class Interrupting(Net):
-    def forward(self, x):
-        raise KeyboardInterrupt
-
-def interrupting():
-    return Interrupting()
-"""
 
 
 @pytest.fixture(autouse=True)
@@ -342,7 +261,7 @@ def test_the_optimizer_the_average_and_the_number_of_processes(run: Run, tmp_pat
     found = {each["code"]: each for each in json.loads(result.stdout)["findings"]}
     assert set(found) == {"BN014", "BN016", "BN017"}
     assert found["BN014"]["evidence"]["decay"] == {"γ": 0.01, "β": 0.01}
-    assert found["BN016"]["evidence"] == {"samples": 8, "world_size": 4}
+    assert found["BN016"]["evidence"] == {"samples": 8, "world_size": 4, "together": 32, "to": "sync"}
     assert found["BN017"]["evidence"]["layers"] == ["bn"]
     assert result.exit_code == 1
 
@@ -350,104 +269,6 @@ def test_the_optimizer_the_average_and_the_number_of_processes(run: Run, tmp_pat
 def test_what_it_did_not_look_at_is_told_by_the_options(run: Run) -> None:
     told = run("check", "nets:healthy", "--data", "nets:same").stdout
     assert "not looked at: 4 rules that need --averaged, --optimizer, --world-size" in told.replace("\n", " ")
-
-
-@pytest.mark.parametrize(
-    ("arguments", "says"),
-    [
-        (["missing.pt"], "got 'missing.pt', no such file, expected MODULE:FACTORY"),
-        (["nets.healthy"], "as in nets:healthy."),
-        (["nets.py"], "Give the function in it: nets:FACTORY."),
-        (["."], "MODEL: got ., a folder"),
-        (["nets:nothere"], "no 'nothere' in nets"),
-        (["nets:fails"], "MODEL nets:fails raised RuntimeError: no such layer"),
-        (["nets:number"], "expected a function that returns a torch.nn.Module"),
-        (["whole.pt"], "could run any code"),
-        (["list.pt"], "MODEL list.pt: got a list without tensors"),
-        (["empty.pt"], "MODEL empty.pt: got a dict without tensors"),
-        (["words.pt"], "MODEL words.pt: got a file that holds more than tensors"),
-        (["scripted.pt"], "MODEL scripted.pt: got RuntimeError on reading it"),
-        (["broken.safetensors"], "MODEL broken.safetensors: got"),
-        (["net.pt", "--data", "nets:same"], "--data: got nets:same beside the checkpoint net.pt"),
-        (["net.pt", "--weights", "net.pt"], "--weights: got net.pt beside the checkpoint"),
-        (["nets:keras", "--weights", "net.pt"], "expected the weights of this model"),
-        (["nets:keras", "--select", "BN9"], "select: got 'BN9'"),
-        (["nets:keras", "--ignore", "X"], "ignore: got 'X'"),
-        (["nets:keras", "--select", "BN101"], "1 rule that needs batches (--data)."),
-        (["net.pt", "--select", "BN004"], "1 rule that needs a model (MODULE:FACTORY)."),
-        (["nets:keras", "--select", "BN017"], "1 rule that needs --averaged."),
-        (["nets:keras", "--select", "BN017,BN014"], "2 rules that need --averaged, --optimizer."),
-        (["net.pt", "--optimizer", "nets:decay"], "--optimizer: got nets:decay beside the checkpoint net.pt"),
-        (["net.pt", "--averaged", "net.pt"], "--averaged: got net.pt beside the checkpoint net.pt"),
-        (["net.pt", "--world-size", "4"], "--world-size: got 4 beside the checkpoint net.pt"),
-        (["nets:keras", "--averaged", "nowhere.pt"], "--averaged: got nowhere.pt, no such file"),
-        (["nets:keras", "--averaged", "net.pt"], "--averaged net.pt: got no conv.weight"),
-        (["nets:keras", "--averaged", "whole.pt"], "--averaged whole.pt: got a file that holds more"),
-        (["nets:keras", "--optimizer", "nets:nothere"], "no 'nothere' in nets"),
-        (
-            ["nets:keras", "--optimizer", "nets:number"],
-            "got a function that takes no arguments, expected a function of",
-        ),
-        (
-            ["nets:keras", "--optimizer", "nets:two"],
-            "got a function that needs model, lr, expected a function of",
-        ),
-        (["nets:keras", "--optimizer", "nets:unpaid"], "--optimizer nets:unpaid raised TypeError: no lr"),
-        (
-            ["nets:keras", "--optimizer", "nets:parameters"],
-            "expected a function of the model that returns a torch",
-        ),
-        (["nets:keras", "--averaged", "net.pt", "--json", "net.pt"], "net.pt, which is read"),
-        (["nets:keras", "--format", "html"], "Add --out check.html"),
-        (["nets:keras", "--format", "html", "-o", "r.txt"], "ends in .html"),
-        (["nets:keras", "-o", "no/r.txt"], "mkdir -p no"),
-        (["nets:keras", "--json", "no/r.json"], "mkdir -p no"),
-        (["nets:keras", "-o", "r.json", "--json", "r.json"], "the same file as --out"),
-        (["nets:keras", "--format", "github", "--json", "-"], "expected one result on stdout"),
-        (["net.pt", "--json", "net.pt"], "net.pt, which is read"),
-        (["nets:keras", "--device", "nowhere"], "--device: got nowhere"),
-        (["nets:keras", "--data", "nets:fails"], "--data nets:fails raised RuntimeError"),
-    ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
-)
-def test_what_is_wrong_is_one_line_and_nothing_is_written(
-    run: Run, tmp_path: Path, arguments: list[str], says: str
-) -> None:
-    torch.save(nn.Sequential(nn.BatchNorm1d(2)), tmp_path / "whole.pt")
-    torch.save([torch.ones(1)], tmp_path / "list.pt")
-    torch.save({}, tmp_path / "empty.pt")
-    torch.save(nn.BatchNorm1d(2).state_dict(), tmp_path / "net.pt")
-    (tmp_path / "words.pt").write_text("no weights")
-    (tmp_path / "broken.safetensors").write_bytes(b"nothing")
-    _scripted(tmp_path / "scripted.pt")
-    before = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
-    assert says in only_error(run("check", *arguments))
-    assert {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
-
-
-def _scripted(path: Path) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.jit.script(nn.BatchNorm1d(3)).save(str(path))
-
-
-@pytest.mark.parametrize(
-    ("data", "says"),
-    [
-        ("nets:flat", "check: batch 1 in train mode: got RuntimeError: Expected 3D"),
-        ("nets:mixed", "got a dict of y, expected the arguments of the model's forward by name"),
-        ("nets:nothing", "check: batches: got none"),
-        ("nets:number", "loader: got a int"),
-    ],
-)
-def test_batches_that_do_not_fit_are_one_line(run: Run, data: str, says: str) -> None:
-    result = run("check", "nets:keras", "--data", data)
-    assert result.exit_code == 2
-    assert result.stdout == ""
-    (error,) = [line for line in result.stderr.splitlines() if not line.startswith("running ")]
-    assert error.startswith("error: ")
-    assert says in error
-    assert len(error) < 800
 
 
 def test_wrong_usage(run: Run) -> None:
