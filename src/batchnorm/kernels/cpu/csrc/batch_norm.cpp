@@ -73,7 +73,8 @@ void backward_panel(const Input& input, Gradient call, const double* var, double
   for (int64_t c = 0; c < channels; ++c) {
     // What rounding left of the mean, d̄ = Σ(x − mean)/n, comes off here: Σ(g − ḡ)(d − d̄) = Σg'd − Σg'·d̄.
     const double rest = sums.d[c] / n;
-    const double sum_g_xhat = (sums.gd[c] - sums.g[c] * rest) * rstd[c];
+    // Of a constant channel x̂ is 0.
+    const double sum_g_xhat = var[c] == 0 ? sums.g[c] * 0 : (sums.gd[c] - sums.g[c] * rest) * rstd[c];
     if (grads.weight) grads.weight.set(c, sum_g_xhat);
     if (grads.bias) grads.bias.set(c, sums.g[c] + count * sums.shift[c]);
     slope_x[c] = rstd[c] * (sum_g_xhat / n);

@@ -7,7 +7,11 @@
 // Rows that are added up in registers, for two packs of lanes, before they reach the sums in memory. With more of them the
 // rows, often a power of two apart, drive each other out of the first-level cache.
 template <class T>
-constexpr int64_t rows_together = sizeof(T) == 2 ? 16 : 8;
+constexpr int64_t rows_together = std::is_same_v<T, double> ? 8 : 16;
+
+// Lanes of a pack that is added up in P: a vector of them, for double as of float.
+template <class L, class P>
+constexpr int64_t pack_lanes = std::is_same_v<P, float> ? L::template wide<float> : L::narrow;
 
 // Where the loads of rows to come are asked for: in the order in which they lie in memory, one step for what is read at a
 // time, and into the second-level cache, where a stride of a power of two does no harm. (25 MB channels-last, one
@@ -44,18 +48,22 @@ class Ahead {
   bool far_;
 };
 
-template <int N>
-using Count = std::integral_constant<int, N>;
+// Some packs of some lanes each.
+template <int Packs, int64_t Lanes>
+struct Packed {
+  static constexpr int packs = Packs;
+  static constexpr int64_t lanes = Lanes;
+};
 
 // Fewer lanes than this are added up one after another, and that at every level: in packs they would give other bits,
 // because rows are then added to one another before they are added to the sums.
 constexpr int64_t few_lanes = 8;
 
-// Calls add(Count packs, first row, rows, lane, skip) until every row of every lane was in a call: some packs of lanes from
+// Calls add(Packed, first row, rows, lane, skip) until every row of every lane was in a call: some packs of lanes from
 // `lane` on, of which the first `skip` were in another one. Where there are few lanes, calls one(lane) for all rows.
-template <class L, class T, class Add, class One>
+template <int64_t Lanes, class T, class Add, class One>
 INLINE void for_columns(int64_t rows, int64_t lanes, const Add& add, const One& one) {
-  static_assert(L::narrow <= few_lanes);
+  constexpr int64_t last = std::min(Lanes, few_lanes);
   if (lanes < few_lanes) {
     for (int64_t l = 0; l < lanes; ++l) one(l);
     return;
@@ -63,13 +71,18 @@ INLINE void for_columns(int64_t rows, int64_t lanes, const Add& add, const One& 
   for (int64_t r = 0; r < rows; r += rows_together<T>) {
     const int64_t n = std::min(rows_together<T>, rows - r);
     int64_t l = 0;
-    for (; l + 2 * L::narrow <= lanes; l += 2 * L::narrow) add(Count<2>{}, r, n, l, int64_t{0});
-    for (; l < lanes; l += L::narrow) {
-      const int64_t start = std::min(l, lanes - L::narrow);
-      add(Count<1>{}, r, n, start, l - start);
+    for (; l + 2 * Lanes <= lanes; l += 2 * Lanes) add(Packed<2, Lanes>{}, r, n, l, int64_t{0});
+    if constexpr (Lanes > last)
+      for (; l + Lanes <= lanes; l += Lanes) add(Packed<1, Lanes>{}, r, n, l, int64_t{0});
+    for (; l < lanes; l += last) {
+      const int64_t start = std::min(l, lanes - last);
+      add(Packed<1, last>{}, r, n, start, l - start);
     }
   }
 }
+
+// Rows of values that are added up as they are before others follow: a sum of millions loses more digits.
+constexpr int64_t plain_rows = 4096;
 
 // sum[i] += part for the lanes of V from `skip` on.
 template <class V>

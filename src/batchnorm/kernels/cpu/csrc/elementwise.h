@@ -36,17 +36,23 @@ INLINE void stream_fence() {
 template <class W, int Count>
 class Coefficients {
  public:
-  // (x − mean)·rstd·weight + bias as ((x − high) − low)·scale + bias, in the first four.
+  // (x − mean)·rstd·weight + bias as (x − center)·scale + bias, in the first three. The center is what W holds of the mean;
+  // what it leaves, half a last digit at most, is taken off the bias: no digit of x is lost to it.
   Coefficients(const View& v, const Affine& a)
       : lanes_(v.coefficients()),
         distinct_(v.planes ? lanes_ : std::min(lanes_, v.channels * v.inner)),
         repeat_(v.planes ? 1 : v.inner),
         memory_((lanes_ + tile - 1) / tile * tile * Count) {
     set(0, [&](int64_t c) { return static_cast<W>(a.mean[c]); });
-    set(1, [&](int64_t c) { return rest(a.mean[c]) + (a.low ? a.low[c] : 0.0); });
-    set(2, a.weight, [&](double weight, int64_t c) { return weight * a.rstd[c]; }, 1);
-    set(3, a.bias, [](double bias, int64_t) { return bias; }, 0);
+    set(1, a.weight, [&](double weight, int64_t c) { return weight * a.rstd[c]; }, 1);
+    set(2, a.bias, [&](double bias, int64_t c) {
+      const double left = low(a, c) * static_cast<double>(at(c * repeat_)[tile]);
+      return std::isfinite(left) ? bias - left : bias;
+    }, 0);
   }
+
+  // What the center leaves of the mean.
+  static double low(const Affine& a, int64_t c) { return rest(a.mean[c]) + (a.low ? a.low[c] : 0.0); }
 
   // What W leaves of a double; nothing of what W holds as infinite, where it would be NaN or infinite, too.
   static double rest(double value) {
@@ -119,8 +125,12 @@ class Coefficient {
 template <class T>
 constexpr int64_t ahead = 4096 / sizeof(T);
 
+// Rows of lanes that share the loading of their coefficients, of which there are more than elements. (Backward's second pass
+// over 1.6 MB with ReLU, one thread: 58 GB/s one row at a time, 75 with two.)
+constexpr int rows_at_once = 2;
+
 // Hands `op` the contiguous elements [first, last) in mini-blocks, with op.begin and op.end around each, and each in runs
-// that have the coefficients from number j on, or number j for all (`Planes`): op.run<Planes>(element, length, j, offset).
+// that have the coefficients from number j on, or number j for all (`Planes`): op.run<Planes, 1>(element, length, j, offset).
 // `origin` is where a run of coefficient 0 begins.
 template <bool Planes, class Op>
 INLINE void walk(Op& op, const View& v, int64_t origin, int64_t first, int64_t last) {
@@ -134,12 +144,32 @@ INLINE void walk(Op& op, const View& v, int64_t origin, int64_t first, int64_t l
     for (int64_t at = 0; at < n;) {
       int64_t length = std::min(size - start, n - at);
       if (!Planes) length = std::min(length, tile - start % tile);
-      op.template run<Planes>(e + at, length, Planes ? c : start, at);
+      op.template run<Planes, 1>(e + at, length, Planes ? c : start, at);
       at += length;
       start = Planes || start + length == size ? 0 : start + length;
       if (Planes && ++c == v.channels) c = 0;
     }
     op.end(e, n);
+  }
+}
+
+// The same for lanes, with no mini-blocks, where `op` writes to its place at once: rows_at_once rows at a time, and one where
+// there are fewer.
+template <class Op>
+INLINE void walk_rows(Op& op, const View& v, int64_t origin, int64_t first, int64_t last) {
+  const int64_t together = rows_at_once * v.width;
+  op.begin(0, 0);
+  for (int64_t e = first; e < last;) {
+    const int64_t start = (e - origin) % v.width;
+    if (start == 0 && last - e >= together) {
+      for (int64_t lane = 0; lane < v.width; lane += tile)
+        op.template run<false, rows_at_once>(e + lane, std::min(tile, v.width - lane), lane, e + lane);
+      e += together;
+    } else {
+      const int64_t length = std::min({v.width - start, tile - start % tile, last - e});
+      op.template run<false, 1>(e, length, start, e);
+      e += length;
+    }
   }
 }
 

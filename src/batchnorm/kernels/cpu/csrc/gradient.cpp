@@ -12,8 +12,8 @@ namespace {
 // Where act' comes from: the pre-activation, computed again from x (and a residual), or its bits.
 enum class From { input, residual, bits };
 
-// The coefficients: x̂'s four, then two for each pass.
-enum Number { high, low, scale, bias, shift, unit, mean_g = shift, low_g, slope_x, numbers };
+// The coefficients: x̂'s three, then some for each pass.
+enum Number { center, scale, bias, shift, unit, mean_g = shift, low_g, slope_x, numbers };
 
 template <class T>
 struct Job {
@@ -25,14 +25,14 @@ struct Job {
   bool leaks, far;
 };
 
-// One element or a pack: d = x − mean and g. k(number) is a coefficient, `on` the bit of act' where there is one.
+// One element or a pack: d = x − center and g. k(number) is a coefficient, `on` the bit of act' where there is one.
 template <Act A, From F, class V>
 struct Element {
   V d, g;
 
   template <class K, class R>
   INLINE Element(V x, V dy, const R& residual, Mask<V> on, const K& k, Item<V> slope, bool leaks) {
-    d = (x - k(high)) - k(low);
+    d = x - k(center);
     g = dy;
     if constexpr (F == From::bits) {
       g = blend<V>(on, g, blend<V>(everywhere<V>(leaks), g * slope, filled<V>(0)));
@@ -78,14 +78,14 @@ void add_lane(const Job<T>& job, int64_t e, int64_t stride, int64_t rows, int64_
 // power of two, so that no product is lost. `Same`: one channel, with coefficients 0.
 template <class L, bool Same, Act A, From F, class T>
 INLINE void add(const Job<T>& job, int64_t e, int64_t stride, int64_t rows, int64_t lanes, int64_t j, Sums& sums) {
-  constexpr int64_t each = L::narrow;
   using P = Partial<T>;
-  using V = Pack<Wide<T>, each>;
-  using PV = Like<V, P>;
   const Wide<T>* const coefficients = job.coefficients.at(j);
   Ahead<T> ahead(stride, lanes, job.far);
-  const auto add_packs = [&](auto count, int64_t start, int64_t n, int64_t l, int64_t skip) INLINE_LAMBDA {
-    constexpr int packs = decltype(count)::value;
+  const auto add_packs = [&](auto packed, int64_t start, int64_t n, int64_t l, int64_t skip) INLINE_LAMBDA {
+    constexpr int packs = decltype(packed)::packs;
+    constexpr int64_t each = decltype(packed)::lanes;
+    using V = Pack<Wide<T>, each>;
+    using PV = Like<V, P>;
     V k[packs][bias + 1];
     PV s[packs], u[packs], a[packs] = {}, b[packs] = {}, ab[packs] = {};
     for (int g = 0; g < packs; ++g) {
@@ -115,44 +115,102 @@ INLINE void add(const Job<T>& job, int64_t e, int64_t stride, int64_t rows, int6
       add_to(sums.of[2] + l + g * each, ab[g], skip);
     }
   };
-  for_columns<L, T>(rows, lanes, add_packs, [&](int64_t l) {
+  for_columns<pack_lanes<L, P>, T>(rows, lanes, add_packs, [&](int64_t l) {
     add_lane<T, A, F>(job, e + l, stride, rows, Same ? j : j + l, {sums.of[0] + l, sums.of[1] + l, sums.of[2] + l});
   });
 }
 
+// Adds g and g·x of floats, in the first and the last of the sums.
+template <class L, bool Same, Act A, From F>
+INLINE void add_plain(const Job<float>& job, int64_t e, int64_t stride, int64_t rows, int64_t lanes, int64_t j, Sums& sums) {
+  const float* const coefficients = job.coefficients.at(j);
+  Ahead<float> ahead(stride, lanes, job.far);
+  const auto add_packs = [&](auto packed, int64_t start, int64_t n, int64_t l, int64_t skip) INLINE_LAMBDA {
+    constexpr int packs = decltype(packed)::packs;
+    constexpr int64_t each = decltype(packed)::lanes;
+    using V = Pack<float, each>;
+    using D = Pack<double, each>;
+    V k[packs][bias + 1];
+    D a[packs] = {}, ab[packs] = {};
+    for (int g = 0; g < packs; ++g)
+      for (int number = 0; number <= bias; ++number)
+        k[g][number] = coefficient<V, Same>(coefficients + (Same ? 0 : l + g * each) + number * tile);
+    if (l == 0) ahead.start(start);
+    int64_t row = e + start * stride + l;
+    for (int64_t r = 0; r < n; ++r, row += stride) {
+      if constexpr (F == From::residual) ahead.template step<packs * each>(job.x + e, job.dy + e, job.residual + e);
+      else ahead.template step<packs * each>(job.x + e, job.dy + e);
+      for (int g = 0; g < packs; ++g) {
+        const auto one = element<V, A, F>(job, row + g * each, [&](int number) INLINE_LAMBDA { return k[g][number]; });
+        const D wide = converted<V, double>(one.g);
+        a[g] += wide;
+        ab[g] = add_exact(ab[g], wide, converted<V, double>(load<V>(job.x + row + g * each)));
+      }
+    }
+    for (int g = 0; g < packs; ++g) {
+      add_to(sums.of[0] + l + g * each, a[g], skip);
+      add_to(sums.of[2] + l + g * each, ab[g], skip);
+    }
+  };
+  for_columns<L::narrow, float>(rows, lanes, add_packs, [&](int64_t l) {
+    const float* const k = coefficients + (Same ? 0 : l);
+    for (int64_t r = 0, at = e + l; r < rows; ++r, at += stride) {
+      const double g = element<float, A, F>(job, at, [&](int number) { return k[number * tile]; }).g;
+      sums.of[0][l] += g;
+      sums.of[2][l] += g * static_cast<double>(job.x[at]);
+    }
+  });
+}
+
 // Of `rows` rows of `lanes` lanes.
-template <class L, class T, Act A, From F>
+template <class L, bool Plain, class T, Act A, From F>
 INLINE void lanes_sums(const Job<T>& given, int64_t e, int64_t rows, int64_t lanes, int64_t j, double* const* out) {
   const Job<T> job = given;
   Sums sums;
   sums.clear(lanes);
-  add<L, false, A, F>(job, e, job.v.width, rows, lanes, j, sums);
-  for (int k = 0; k < 3; ++k) std::copy_n(sums.of[k], lanes, out[k]);
+  if constexpr (Plain) {
+    for (int k = 0; k < 3; ++k) std::fill_n(out[k], lanes, 0.0);
+    for (int64_t start = 0; start < rows; start += plain_rows) {
+      add_plain<L, false, A, F>(job, e + start * job.v.width, job.v.width, std::min(plain_rows, rows - start), lanes, j, sums);
+      for (int k = 0; k < 3; k += 2)
+        for (int64_t l = 0; l < lanes; ++l) out[k][l] += sums.of[k][l];
+      sums.clear(lanes);
+    }
+  } else {
+    add<L, false, A, F>(job, e, job.v.width, rows, lanes, j, sums);
+    for (int k = 0; k < 3; ++k) std::copy_n(sums.of[k], lanes, out[k]);
+  }
 }
 
 // Of one channel's runs in a strip.
-template <class L, class T, Act A, From F>
+template <class L, bool Plain, class T, Act A, From F>
 INLINE void run_sums(const Job<T>& given, int64_t strip, int64_t c, double* const* out) {
   const Job<T> job = given;
   Sums sums;
   const int64_t lanes = sums_along(job.v);
   sums.clear(lanes);
   for_runs(job.v, strip, c, [&](int64_t e, int64_t stride, int64_t rows, int64_t width) INLINE_LAMBDA {
-    add<L, true, A, F>(job, e, stride, rows, width, c, sums);
+    if constexpr (Plain) add_plain<L, true, A, F>(job, e, stride, rows, width, c, sums);
+    else add<L, true, A, F>(job, e, stride, rows, width, c, sums);
   });
   for (int k = 0; k < 3; ++k) *out[k] = fold(sums.of[k], lanes);
 }
 
 // Of one channel in a strip of planes, or of `rows` rows of `lanes` lanes from element e on. A channel with NaN changes
 // no other.
-template <class T, Act A, From F>
+template <bool Plain, class T, Act A, From F>
 void block_sums(const Job<T>& job, int64_t strip, int64_t e, int64_t rows, int64_t lanes, int64_t j,
                 double* const (&out)[3]) {
   const View& v = job.v;
   at_level([&](auto level) INLINE_LAMBDA {
     using L = decltype(level);
-    v.planes ? run_sums<L, T, A, F>(job, strip, j, out) : lanes_sums<L, T, A, F>(job, e, rows, lanes, j, out);
+    v.planes ? run_sums<L, Plain, T, A, F>(job, strip, j, out) : lanes_sums<L, Plain, T, A, F>(job, e, rows, lanes, j, out);
   });
+  if constexpr (Plain) {
+    // About the center at once: sums of many blocks would lose what they then cancel.
+    const Wide<T>* const centers = job.coefficients.at(j) + center * tile;
+    for (int64_t l = 0; l < lanes; ++l) out[2][l] -= static_cast<double>(centers[l]) * out[0][l];
+  }
   if constexpr (std::is_same_v<Partial<T>, double>) return;
   for (int64_t l = 0; l < lanes; ++l) {
     if (std::isfinite(out[0][l]) && std::isfinite(out[1][l]) && std::isfinite(out[2][l])) continue;
@@ -210,6 +268,17 @@ CLONES void add_channels(const View& v, int64_t first, int64_t last, int64_t siz
   });
 }
 
+// Whether g·x of floats may be added up in double as they are. Their products are exact there, and Σg·x − mean·Σg loses
+// 2^-53 of both: nothing to speak of, unless the mean is very many standard deviations. (1.6 MB channels-last, one thread:
+// 28 GB/s about the mean and a value of g, 49 so.)
+template <class T>
+bool is_plain(const View& v, const Affine& a) {
+  if constexpr (!std::is_same_v<T, float>) return false;
+  for (int64_t c = 0; c < v.channels; ++c)
+    if (!(std::fabs(a.mean[c]) * a.rstd[c] <= 0x1p12)) return false;
+  return true;
+}
+
 // The power of two nearest below 1/σ, within what a float can hold.
 double unit_of(double rstd) {
   if (!(rstd > 0)) return 1;
@@ -217,20 +286,24 @@ double unit_of(double rstd) {
 }
 
 template <class T, Act A, From F>
-void sums(const Job<T>& job, const double* rstd, GradientSums out) {
+void sums(const Job<T>& job, const Affine& affine, GradientSums out) {
   const View& v = job.v;
   const int64_t lanes = v.coefficients(), strips = v.strips(), size = (strips + 1) * lanes, count = v.channels;
   Scratch<double> partial(3 * size), units(count);
   double* const all = partial.get();
+  const bool plain = is_plain<T>(v, affine);
   for (int64_t c = 0; c < count; ++c) {
-    out.shift[c] = near_gradient<T, A, F>(job, c);
-    units[c] = std::is_same_v<Partial<T>, double> ? 1 : unit_of(rstd[c]);
+    out.shift[c] = plain ? 0 : near_gradient<T, A, F>(job, c);
+    units[c] = std::is_same_v<Partial<T>, double> ? 1 : unit_of(affine.rstd[c]);
   }
   job.coefficients.set(shift, [&](int64_t c) { return out.shift[c]; });
   job.coefficients.set(unit, [&](int64_t c) { return units[c]; });
   const auto block_at = [&](int64_t strip, int64_t e, int64_t rows, int64_t lane, int64_t length) {
     double* const to = all + strip * lanes + lane;
-    block_sums<T, A, F>(job, strip, e, rows, length, lane, {to, to + size, to + 2 * size});
+    double* const to_sums[] = {to, to + size, to + 2 * size};
+    if constexpr (std::is_same_v<T, float>)
+      if (plain) return block_sums<true, T, A, F>(job, strip, e, rows, length, lane, to_sums);
+    block_sums<false, T, A, F>(job, strip, e, rows, length, lane, to_sums);
   };
   const int64_t tiles = v.tiles();
   for_blocks(v.blocks(), v.elements, false, [&](int64_t b) {
@@ -246,8 +319,10 @@ void sums(const Job<T>& job, const double* rstd, GradientSums out) {
     add_channels(v, t * tile, std::min(count, (t + 1) * tile), size, all, out);
   });
   for (int64_t c = 0; c < count; ++c) {
-    out.d[c] /= units[c];
-    out.gd[c] /= units[c];
+    // About the mean, and not the center any more.
+    const double low = job.coefficients.low(affine, c);
+    out.d[c] = plain ? 0 : out.d[c] / units[c] - low * static_cast<double>(v.count());
+    out.gd[c] = out.gd[c] / units[c] - low * out.g[c];
   }
 }
 
@@ -256,6 +331,11 @@ struct InputJob {
   Job<T> job;
   T *dx, *g;
   bool streaming;
+};
+
+template <class V>
+struct Pair {
+  V dx, g;
 };
 
 template <class L, class T, Act A, From F, bool Keeps>
@@ -274,9 +354,11 @@ struct Op {
     if constexpr (Keeps) g = all.streaming ? g_buffer : all.g + e;
   }
 
-  template <bool Same>
+  // Of `Rows` rows of lanes, each one's width behind the one before it.
+  template <bool Same, int Rows>
   INLINE void run(int64_t e, int64_t length, int64_t j, int64_t at) {
     const Job<T> job = all.job;
+    const int64_t apart = job.v.width;
     T* RESTRICT dxs = dx + at;
     T* RESTRICT gs = Keeps ? g + at : nullptr;
     const Coefficient<L, W, numbers, Same> k(job.coefficients.at(j));
@@ -284,19 +366,26 @@ struct Op {
         length,
         [&](int64_t i, auto lanes) INLINE_LAMBDA {
           using V = decltype(lanes);
-          if (job.far) {
-            prefetch(job.x + e + i + ahead<T>);
-            prefetch(job.dy + e + i + ahead<T>);
-            if constexpr (F == From::residual) prefetch(job.residual + e + i + ahead<T>);
+          Several<Pair<V>, Rows> found;
+          for (int64_t row = 0, at = e + i; row < Rows; ++row, at += apart) {
+            if (job.far) {
+              prefetch(job.x + at + ahead<T>);
+              prefetch(job.dy + at + ahead<T>);
+              if constexpr (F == From::residual) prefetch(job.residual + at + ahead<T>);
+            }
+            const auto one =
+                element<V, A, F>(job, at, [&](int number) INLINE_LAMBDA { return k.template at<V>(number, i); });
+            // (9), with the gradient's offset gone before anything is multiplied
+            const V rest = (one.g - k.template at<V>(mean_g, i)) - k.template at<V>(low_g, i);
+            found.of[row] = {(rest - one.d * k.template at<V>(slope_x, i)) * k.template at<V>(scale, i), one.g};
           }
-          return element<V, A, F>(job, e + i, [&](int number) INLINE_LAMBDA { return k.template at<V>(number, i); });
+          return found;
         },
-        [&](int64_t i, const auto& one) INLINE_LAMBDA {
-          using V = std::decay_t<decltype(one.d)>;
-          // (9), with the gradient's offset gone before anything is multiplied
-          const V rest = (one.g - k.template at<V>(mean_g, i)) - k.template at<V>(low_g, i);
-          store((rest - one.d * k.template at<V>(slope_x, i)) * k.template at<V>(scale, i), dxs + i);
-          if constexpr (Keeps) store(one.g, gs + i);
+        [&](int64_t i, const auto& found) INLINE_LAMBDA {
+          for (int64_t row = 0, at = i; row < Rows; ++row, at += apart) {
+            store(found.of[row].dx, dxs + at);
+            if constexpr (Keeps) store(found.of[row].g, gs + at);
+          }
         });
   }
 
@@ -311,7 +400,9 @@ template <class L, class T, Act A, From F, bool Keeps>
 INLINE void run_block(const InputJob<T>& all, int64_t origin, int64_t first, int64_t last) {
   Op<L, T, A, F, Keeps> op(all);
   const View& v = all.job.v;
-  v.planes ? walk<true>(op, v, origin, first, last) : walk<false>(op, v, origin, first, last);
+  if (v.planes) walk<true>(op, v, origin, first, last);
+  else if (all.streaming) walk<false>(op, v, origin, first, last);
+  else walk_rows(op, v, origin, first, last);
   if (all.streaming) stream_fence();
 }
 
@@ -341,19 +432,19 @@ template <class T>
 void gradient_sums_of(const Input& input, const Gradient& call, GradientSums out) {
   Coefficients<Wide<T>, numbers> k(input.view, call.affine);
   const Job<T> job = job_of<T>(input, call, k);
-  if (call.bits) return sums<T, Act::relu, From::bits>(job, call.affine.rstd, out);
+  if (call.bits) return sums<T, Act::relu, From::bits>(job, call.affine, out);
   switch (call.act) {
     case Act::relu:
-      return sums<T, Act::relu, From::input>(job, call.affine.rstd, out);
+      return sums<T, Act::relu, From::input>(job, call.affine, out);
     case Act::relu6:
-      return sums<T, Act::relu6, From::input>(job, call.affine.rstd, out);
+      return sums<T, Act::relu6, From::input>(job, call.affine, out);
     case Act::leaky_relu:
-      return sums<T, Act::leaky_relu, From::input>(job, call.affine.rstd, out);
+      return sums<T, Act::leaky_relu, From::input>(job, call.affine, out);
     case Act::hardswish:
-      return call.residual ? sums<T, Act::hardswish, From::residual>(job, call.affine.rstd, out)
-                           : sums<T, Act::hardswish, From::input>(job, call.affine.rstd, out);
+      return call.residual ? sums<T, Act::hardswish, From::residual>(job, call.affine, out)
+                           : sums<T, Act::hardswish, From::input>(job, call.affine, out);
     default:
-      return sums<T, Act::none, From::input>(job, call.affine.rstd, out);
+      return sums<T, Act::none, From::input>(job, call.affine, out);
   }
 }
 
@@ -362,8 +453,10 @@ void gradient_input_of(const Input& in, const Gradient& call, const GradientInpu
   const View& v = in.view;
   Coefficients<Wide<T>, numbers> k(v, call.affine);
   k.set(mean_g, [&](int64_t c) { return out.mean_g[c]; });
-  // What W leaves of the mean, and what comes on top of it.
-  k.set(low_g, [&](int64_t c) { return k.rest(out.mean_g[c]) + out.low_g[c]; });
+  // What W leaves of it, what comes on top of it, and what the center leaves of x's mean.
+  k.set(low_g, [&](int64_t c) {
+    return k.rest(out.mean_g[c]) + out.low_g[c] - k.low(call.affine, c) * out.slope_x[c];
+  });
   k.set(slope_x, [&](int64_t c) { return out.slope_x[c]; });
   const InputJob<T> all{job_of<T>(in, call, k), static_cast<T*>(out.dx), static_cast<T*>(out.g), out.streaming};
   if (call.bits) return input<T, Act::relu, From::bits, true>(all);

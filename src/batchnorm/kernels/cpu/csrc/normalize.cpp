@@ -12,7 +12,7 @@ struct Job {
   const T *x, *residual;
   T* y;
   uint8_t* bits;
-  const Coefficients<Wide<T>, 4>& coefficients;
+  const Coefficients<Wide<T>, 3>& coefficients;
   Wide<T> slope;
   bool streaming, far, again;
 };
@@ -29,32 +29,38 @@ struct Op {
   INLINE bool streaming() const { return job.streaming; }
   INLINE void begin(int64_t e, int64_t) { out = job.streaming ? buffer : job.y + e; }
 
-  template <bool Same>
+  // Of `Rows` rows of lanes, each one's width behind the one before it.
+  template <bool Same, int Rows>
   INLINE void run(int64_t e, int64_t length, int64_t j, int64_t at) {
     const T* x = job.x + e;  // may be y
     const T* residual = R == Added::none ? nullptr : job.residual + e;
     T* y = out + at;
     uint8_t* o = R == Added::bits ? on + at : nullptr;
-    const Coefficient<L, W, 4, Same> k(job.coefficients.at(j));
+    const Coefficient<L, W, 3, Same> k(job.coefficients.at(j));
     const W slope = job.slope;
     const bool far = job.far;
+    const int64_t apart = job.v.width;
     for_packs<L, W>(
         length,
         [&](int64_t i, auto lanes) INLINE_LAMBDA {
           using V = decltype(lanes);
-          if (far) {
-            prefetch(x + i + ahead<T>);
-            if constexpr (R != Added::none) prefetch(residual + i + ahead<T>);
+          Several<V, Rows> z;
+          for (int64_t row = 0, at = i; row < Rows; ++row, at += apart) {
+            if (far) {
+              prefetch(x + at + ahead<T>);
+              if constexpr (R != Added::none) prefetch(residual + at + ahead<T>);
+            }
+            z.of[row] = (load<V>(x + at) - k.template at<V>(0, i)) * k.template at<V>(1, i) + k.template at<V>(2, i);
+            if constexpr (R != Added::none) z.of[row] += load<V>(residual + at);
           }
-          V z = ((load<V>(x + i) - k.template at<V>(0, i)) - k.template at<V>(1, i)) * k.template at<V>(2, i) +
-                k.template at<V>(3, i);
-          if constexpr (R != Added::none) z += load<V>(residual + i);
           return z;
         },
-        [&](int64_t i, auto z) INLINE_LAMBDA {
-          using V = decltype(z);
-          store(activate<A>(z, slope), y + i);
-          if constexpr (R == Added::bits) store_on<V>(is_on<A>(z), o + i);
+        [&](int64_t i, const auto& z) INLINE_LAMBDA {
+          using V = std::decay_t<decltype(z.of[0])>;
+          for (int64_t row = 0, at = i; row < Rows; ++row, at += apart) {
+            store(activate<A>(z.of[row], slope), y + at);
+            if constexpr (R == Added::bits) store_on<V>(is_on<A>(z.of[row]), o + at);
+          }
         });
   }
 
@@ -67,7 +73,10 @@ struct Op {
 template <class L, class T, Act A, Added R>
 INLINE void run_block(const Job<T>& job, int64_t origin, int64_t first, int64_t last) {
   Op<L, T, A, R> op(job);
-  job.v.planes ? walk<true>(op, job.v, origin, first, last) : walk<false>(op, job.v, origin, first, last);
+  const View& v = job.v;
+  if (v.planes) walk<true>(op, v, origin, first, last);
+  else if (R == Added::bits || job.streaming) walk<false>(op, v, origin, first, last);
+  else walk_rows(op, v, origin, first, last);
   if (job.streaming) stream_fence();
 }
 
@@ -90,7 +99,7 @@ void run_added(const Job<T>& job) {
 template <class T>
 void normalize_of(const Input& input, const Normalize& call) {
   const View& v = input.view;
-  const Coefficients<Wide<T>, 4> k(v, call.affine);
+  const Coefficients<Wide<T>, 3> k(v, call.affine);
   const Job<T> job{v,     static_cast<const T*>(input.x), static_cast<const T*>(call.residual), static_cast<T*>(call.y),
                    call.bits, k, static_cast<Wide<T>>(call.slope),
                    call.streaming, input.far, call.again};

@@ -102,6 +102,19 @@ INLINE Like<V, E> converted(V x) {
   }
 }
 
+// sum + a·b, where the product of two doubles is exact, and so rounded once with and without a fused multiply-add: every
+// level gives the same bits.
+template <class V>
+INLINE V add_exact(V sum, V a, V b) {
+#if LEVELS
+  if constexpr (std::is_same_v<Item<V>, double> && sizeof(V) >= 32) {
+    asm("vfmadd231pd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+    return sum;
+  }
+#endif
+  return sum + a * b;
+}
+
 // on ? a : b by masks. Written as a choice of single elements, gcc turns it into a jump as soon as b makes what follows
 // simpler, and a loop with a jump does not vectorise.
 template <class V>
@@ -230,6 +243,12 @@ template <class T>
 INLINE void narrow(Wide<T> x, T& out) {
   store(x, &out);
 }
+
+// What for_packs hands on of several rows.
+template <class V, int Rows>
+struct Several {
+  V of[Rows];
+};
 
 // Calls store(i, compute(i, V{})) for `length` elements, V a pack where there are as many. The last pack may overlap the
 // one before it; it is computed first, because the output may lie in the input.
