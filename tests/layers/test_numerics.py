@@ -71,7 +71,7 @@ def test_offsets(offset: float, layout: str) -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("offset", [0.0, 1e6, 1e7], ids=str)
+@pytest.mark.parametrize("offset", [0.0, 4e3, 1e6, 1e7], ids=str)
 @pytest.mark.parametrize("gradient_offset", [1e3, -1e6], ids=str)
 def test_gradient_offsets(gradient_offset: float, offset: float, layout: str) -> None:
     held((draw(layout) + offset).float(), (draw(layout) + gradient_offset).float(), EXACT[torch.float32])
@@ -81,6 +81,36 @@ def test_gradient_offsets(gradient_offset: float, offset: float, layout: str) ->
 @pytest.mark.parametrize("magnitude", [1e-38, 1e-30, 1e-10, 1e10, 1e18, 1e25, 1e37], ids=str)
 def test_magnitudes(magnitude: float, layout: str) -> None:
     held((draw(layout) * magnitude).float(), draw(layout).float(), EXACT[torch.float32])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_part_that_does_not_vary(layout: str) -> None:
+    # Blocks of 128 rows or 16,384 positions, some of which are constant far from the rest, or far away as a whole.
+    x = torch.randn(600, 3, *(() if layout == "rows" else (8, 9)))
+    x[:300] = 50.0
+    x[200:210, 1] += 3e4
+    x = lay_out(x, layout if layout != "rows" else "contiguous")
+    held(x, torch.randn_like(x), EXACT[torch.float32])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -3e38], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_channel_that_overflows_changes_no_other(layout: str, value: float) -> None:
+    shape = (300, 5) if layout == "rows" else (12, 5, 6, 6)
+    x, dy = torch.randn(shape) + 1, torch.randn(shape) + 2
+    found = []
+    for poisoned in (False, True):
+        given = lay_out(x.clone(), layout if layout != "rows" else "contiguous")
+        if poisoned:
+            given[3, 2] = value
+        a, weight, bias = leaf(given), leaf(torch.ones(5)), leaf(torch.zeros(5))
+        running = (torch.zeros(5), torch.ones(5))
+        y = batchnorm.batch_norm(a, *running, weight, bias, training=True, backend=BACKEND, activation="relu")
+        gradients = torch.autograd.grad(y, [a, weight, bias], dy)
+        found.append([y, gradients[0], gradients[1], gradients[2], *running])
+    rest = [0, 1, 3, 4]
+    for clean, other in zip(*found, strict=True):
+        assert torch.equal(*((each[:, rest] if each.dim() > 1 else each[rest]) for each in (clean, other)))
 
 
 def test_tiny_values_with_a_tiny_eps() -> None:
