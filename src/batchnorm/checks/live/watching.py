@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import nn
 
 from batchnorm._errors import InputError, InputTypeError, message
+from batchnorm.checks._check import held
 from batchnorm.checks._collect import compiled
 from batchnorm.checks.finding import Finding
 from batchnorm.checks.live.judging import Judge
@@ -118,6 +119,7 @@ def watch(
             optimizer,
             world_size=processes,
             unheard="compiled" if is_compiled else "copied to several devices" if spread else "",
+            held=held(model),
         ),
         pace=Pace(every, start),
         writing=writing,
