@@ -24,6 +24,8 @@ __all__ = ["Judge", "Told"]
 _LOOKS = 8  # whose calls are evidence
 # Batches of the model's input, which is no matter of the weights, so that older ones still count.
 _INPUTS = 32
+# Forwards without a step of the optimizer are no accumulation of gradients.
+_WAITED = 64
 # What a few looks may show that the next ones do not: measured on batches, or near a bound.
 _WAVERING = {"BN005", "BN007", "BN008", "BN103", "BN105", "BN106", "BN107", "BN108", "BN110"}
 # What needs the network's code or runs of its own.
@@ -104,8 +106,11 @@ class Judge:
         self._latest, before, self._before = latest, self._before, found
         return self._sorted_out(found, before, look.step)
 
-    def findings(self) -> Findings:
-        """All that has been told, those that have gone among them, of which the notes say so."""
+    def findings(self, waited: int = 0) -> Findings:
+        """All that has been told, those that have gone among them, of which the notes say so.
+
+        `waited` for the first step of the optimizer, so many forwards long.
+        """
         latest = self._latest
         notes = [] if latest is None else list(latest.notes)
         notes += [
@@ -115,6 +120,10 @@ class Judge:
         ]
         if latest is None:
             notes.append("no step was looked at: watch the module that the loop calls, or give optimizer=")
+        if waited >= _WAITED:
+            notes.append(
+                f"the optimizer has not stepped in {waited:,} forwards: pass the one that trains the model as optimizer="
+            )
         if self._unheard:
             notes.append(
                 f"the model is {self._unheard}: weights and running statistics are looked at, calls are not"

@@ -97,6 +97,7 @@ class Watcher:
         self._inside = False  # the model's forward
         self._deeper = 0  # calls of the model by itself, of which the outer one is meant
         self._by_optimizer = self._on = False  # a step of the optimizer has begun
+        self._never, self._waited = False, 0  # the optimizer has not stepped, for so many forwards
         self._closed = False
         # At the interpreter's end, too: a table that is not stopped leaves the terminal without a cursor.
         self._at_exit = None if table is None else weakref.finalize(self, table.stop)
@@ -133,7 +134,7 @@ class Watcher:
         """All that has been found, as `check` returns it. What has gone since is among it, and a note says so."""
         if not self._inside:
             self._settle()
-        return self._judge.findings()
+        return self._judge.findings(self._waited if self._never else 0)
 
     def close(self) -> None:
         """Take all hooks off and leave the table as it stands. A second call does nothing."""
@@ -165,6 +166,7 @@ class Watcher:
         # A model that is compiled in place would take the hooks into its graph; its optimizer is heard instead.
         inside = getattr(self._entered, "_compiled_call_impl", None) is not None
         self._by_optimizer = optimizer is not None or inside
+        self._never = optimizer is not None
         if not inside:
             # Before and behind the layers' own, should the model be a layer, and if it fails, too.
             self._handles = [
@@ -195,6 +197,7 @@ class Watcher:
                 return
             self._inside = True
             begins = not self._on
+            self._waited += 1
             if begins:
                 self._step_begins()
             if self._calls and (self._looking is not None or (begins and self._pace.glances)):
@@ -215,13 +218,13 @@ class Watcher:
         if self._deeper:
             self._deeper -= 1
         else:
-            self._end()
+            self._end(output)
 
-    def _end(self) -> None:
+    def _end(self, output: Any = None) -> None:
         self._inside, self._deeper = False, 0
         if self._looking is not None:
             since = time.perf_counter()
-            self._looking.end()
+            self._looking.end(output)
             self._pace.pay(since)
 
     def _stepped(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
@@ -229,6 +232,7 @@ class Watcher:
         try:
             if not self._on:
                 self._step_begins()
+            self._never, self._waited = False, 0
             self._settle()
             self._on = False
         except BaseException:
@@ -264,7 +268,7 @@ class Watcher:
         if looking is None:
             return
         since = time.perf_counter()
-        look = looking.finish()
+        look = looking.finish(whole=not (self._never and looking.full))
         new = self._judge.judge(look, self.step - self._pace.start)
         self.numbers = {layer.name: numbers_of(layer, look.calls(layer.name)) for layer in look.layers}
         self._writing.write(look, self.numbers, self._summary())
