@@ -122,7 +122,8 @@ class Judge:
             notes.append("no step was looked at: watch the module that the loop calls, or give optimizer=")
         if waited >= _WAITED:
             notes.append(
-                f"the optimizer has not stepped in {waited:,} forwards: pass the one that trains the model as optimizer="
+                f"the optimizer has not stepped in {waited:,} forwards: "
+                "pass the one that trains the model as optimizer="
             )
         if self._unheard:
             notes.append(

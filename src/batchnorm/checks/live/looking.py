@@ -1,5 +1,6 @@
 """One look: what every layer gets in one step, and how it stands then."""
 
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -69,7 +70,7 @@ class Looking:
         self._watch.samples = _samples(args, kwargs)
         self._watch.note_inputs(self._model, args, kwargs)
         self._before = self._counters()
-        self._watch.mode = "train"
+        self._watch.mode, self._watch.thread = "train", threading.get_ident()
         self._handles += self._watch.hang()
 
     def end(self, output: Any = None) -> None:

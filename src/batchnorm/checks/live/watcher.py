@@ -1,6 +1,7 @@
 """The watcher: hooks on a model and its optimizer, and what follows from a look."""
 
 import inspect
+import threading
 import time
 import weakref
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from batchnorm import ops
+from batchnorm.checks._ear import Ear
 from batchnorm.checks.finding import Finding
 from batchnorm.checks.findings import Findings
 from batchnorm.checks.live.judging import Judge
@@ -24,26 +26,12 @@ from batchnorm.checks.live.writing import Writing
 __all__ = ["Watcher"]
 
 
-class _Ear:
-    """A hook. In a copy of the model, or a pickle of it, stands one that hears nothing, and in a graph none at all."""
-
-    def __init__(self, heard: Callable[..., None]) -> None:
-        self._heard = heard
+class _Ear(Ear):
+    """Of the model and of optimizers: in a graph it is not there at all."""
 
     def __call__(self, *args: Any) -> None:
         if not torch.compiler.is_compiling():
-            self._heard(*args)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (_deaf, ())
-
-
-def _deaf() -> Callable[..., None]:
-    return deaf
-
-
-def deaf(*args: Any) -> None:
-    """The hook of a copy."""
+            super().__call__(*args)
 
 
 def _calls_of(module: nn.Module) -> int:
@@ -95,6 +83,8 @@ class Watcher:
         self._handles: list[Any] = []
         self._looking: Looking | None = None
         self._inside = False  # the model's forward
+        self._thread: int | None = None  # that runs it
+        self._lock = threading.Lock()
         self._deeper = 0  # calls of the model by itself, of which the outer one is meant
         self._by_optimizer = self._on = False  # a step of the optimizer has begun
         self._never, self._waited = False, 0  # the optimizer has not stepped, for so many forwards
@@ -182,7 +172,7 @@ class Watcher:
             self._handles.append(register_optimizer_step_post_hook(_Ear(self._stepped_if_mine(first))))
 
     def _forward_begins(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if module is not self._entered or ops.is_recomputation():
+        if module is not self._entered or ops.is_recomputation() or not self._alone():
             return
         if self._inside:
             if _calls_of(module) > 1:
@@ -190,10 +180,12 @@ class Watcher:
                 return
             # Ctrl-C: PyTorch calls the hooks behind a forward after an Exception, and not after that.
             self._end()
+            self._thread = threading.get_ident()
         try:
             if not self._by_optimizer:
                 self._settle()
             if not (torch.is_grad_enabled() and self._model.training):
+                self._thread = None
                 return
             self._inside = True
             begins = not self._on
@@ -213,12 +205,20 @@ class Watcher:
             raise
 
     def _forward_ends(self, module: nn.Module, args: Any, output: Any) -> None:
-        if module is not self._entered or not self._inside or ops.is_recomputation():
+        mine = self._inside and self._thread == threading.get_ident()
+        if module is not self._entered or not mine or ops.is_recomputation():
             return
         if self._deeper:
             self._deeper -= 1
         else:
             self._end(output)
+
+    def _alone(self) -> bool:
+        """Whether no other thread is in the model: of two forwards at a time one is watched."""
+        with self._lock:
+            if self._thread is None:
+                self._thread = threading.get_ident()
+            return self._thread == threading.get_ident()
 
     def _end(self, output: Any = None) -> None:
         self._inside, self._deeper = False, 0
@@ -226,6 +226,7 @@ class Watcher:
             since = time.perf_counter()
             self._looking.end(output)
             self._pace.pay(since)
+        self._thread = None
 
     def _stepped(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         """The optimizer's hook. A step in which no forward was heard shows weights and running statistics."""
