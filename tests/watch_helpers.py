@@ -67,3 +67,13 @@ def told(model: nn.Module, batches: Any, **options: Any) -> list[batchnorm.Findi
     with batchnorm.watch(model, **given):
         train(model, batches, given.get("optimizer"))
     return found
+
+
+def quiet(model: nn.Module, **options: Any) -> batchnorm.Watcher:
+    """Watched without a word."""
+    return batchnorm.watch(model, **{"table": False, "on_finding": lambda finding: None, **options})
+
+
+def steps_of(writer: Writer) -> list[int]:
+    """At which steps it was looked."""
+    return list(writer.scalars["batchnorm/findings"])

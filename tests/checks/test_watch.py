@@ -1,9 +1,6 @@
 """`watch`: which steps it looks at, what it writes, and that it leaves the training and the model alone."""
 
-import copy
-import io
 import math
-import pickle
 import sys
 import warnings
 from pathlib import Path
@@ -12,20 +9,11 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from watch_helpers import Writer, conv_net, hooks, pictures, train
+from watch_helpers import Writer, conv_net, hooks, pictures, quiet, steps_of, train
 
 import batchnorm
-from batchnorm.checks.live.pace import SHARE, Pace
 
 ORDINARY = [pictures(seed=seed) for seed in range(6)]
-
-
-def quiet(model: nn.Module, **options: Any) -> batchnorm.Watcher:
-    return batchnorm.watch(model, **{"table": False, "on_finding": lambda finding: None, **options})
-
-
-def steps_of(writer: Writer) -> list[int]:
-    return list(writer.scalars["batchnorm/findings"])
 
 
 @pytest.mark.parametrize("norm", [nn.BatchNorm2d, batchnorm.BatchNorm2d])
@@ -166,32 +154,6 @@ def test_no_hook_stays() -> None:
         watcher.close()
 
 
-@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
-def test_no_hook_stays_behind_an_error(error: type[BaseException]) -> None:
-    class Failing(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.net = conv_net()
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            self.net(x)
-            raise error
-
-    model = Failing()
-    with pytest.raises(error), quiet(model, every=1):
-        model(ORDINARY[0])
-    assert hooks(model) == 0
-    # Without a block: the next forward is looked at. PyTorch calls no hook behind one that Ctrl-C has ended.
-    watcher = quiet(model, every=1)
-    for step in (1, 2):
-        with pytest.raises(error):
-            model(ORDINARY[0])
-        assert hooks(model) == (2 if error is ValueError else 4)
-        assert watcher.step == step
-    watcher.close()
-    assert hooks(model) == 0
-
-
 def test_what_a_writer_raises_is_heard() -> None:
     def full(tag: str, value: float, step: int) -> None:
         raise OSError("No space left on device")
@@ -278,27 +240,6 @@ def test_a_model_is_asked_for() -> None:
         batchnorm.watch({})
 
 
-def test_copies_and_pickles_take_no_part() -> None:
-    model = conv_net()
-    keys = list(model.state_dict())
-    with quiet(model, every=1) as watcher:
-        train(model, ORDINARY[:1])
-        copies = [
-            copy.deepcopy(model),
-            pickle.loads(pickle.dumps(model)),
-            torch.optim.swa_utils.AveragedModel(model).module,
-        ]
-        file = io.BytesIO()
-        torch.save(model, file)
-        file.seek(0)
-        copies.append(torch.load(file, weights_only=False))
-        assert list(model.state_dict()) == keys
-        for each in copies:
-            each(ORDINARY[1])
-            copy.deepcopy(each)
-        assert watcher.step == 1
-
-
 def test_layers_that_come_later_are_seen() -> None:
     torch.manual_seed(0)
     lazy = nn.Sequential(nn.Conv2d(1, 6, 3), nn.LazyBatchNorm2d(), nn.Flatten(), nn.LazyLinear(3))
@@ -322,104 +263,6 @@ def test_layers_in_eval_mode_and_without_statistics() -> None:
     assert watcher.numbers["1"]["values"] == 16
     assert watcher.numbers["0.4"]["mean_gap"] > 0
     assert {"BN009", "BN011"} <= set(found)
-
-
-class Inner(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.net = conv_net()
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.net(x)
-
-
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_a_compiled_model_is_not_compiled_again(backend: str) -> None:
-    torch._dynamo.reset()
-    model, writer = conv_net(), Writer()
-    compiled = torch.compile(model, backend=backend, fullgraph=True)
-    train(compiled, ORDINARY[:1])
-    with torch.compiler.set_stance("fail_on_recompile"), quiet(compiled, every=1, writer=writer) as watcher:
-        train(compiled, ORDINARY)
-        notes = watcher.findings.notes
-    assert steps_of(writer) == [1, 2, 3, 4, 5, 6]
-    assert "batchnorm/1/gamma" in writer.scalars
-    assert "batchnorm/1/mean_gap" not in writer.scalars
-    assert notes == ("the model is compiled: weights and running statistics are looked at, calls are not",)
-
-
-def test_a_model_that_is_compiled_in_place_or_later() -> None:
-    torch._dynamo.reset()
-    # (a Sequential that is compiled in place runs as it is)
-    model, writer = Inner(), Writer()
-    model.compile(backend="eager", fullgraph=True)
-    other = torch.optim.SGD(nn.Linear(1, 1).parameters(), 0.01)
-    with quiet(model, every=1, writer=writer) as watcher:
-        train(model, ORDINARY[:3])
-        other.step()
-        assert watcher.step == 3
-    assert steps_of(writer) == [1, 2, 3]
-    later = conv_net()
-    optimizer = torch.optim.SGD(later.parameters(), 0.01)
-    with quiet(later, every=1, optimizer=optimizer) as watcher:
-        train(torch.compile(later, backend="eager", fullgraph=True), ORDINARY[:3], optimizer)
-    assert watcher.step == 3
-    assert watcher.numbers["1"]["gamma"] > 0
-    with quiet(later, every=1) as watcher:
-        train(torch.compile(later, backend="eager", fullgraph=True), ORDINARY[:2], optimizer)
-    assert "no step was looked at" in watcher.findings.notes[-1]
-
-
-def test_wrapped_models() -> None:
-    wrapped = nn.DataParallel(conv_net())
-    with quiet(wrapped, every=1) as watcher:
-        train(wrapped, ORDINARY[:2])
-    assert set(watcher.numbers) == {"1", "4"}
-    assert watcher.step == 2
-
-
-# When to look
-
-
-class Clock:
-    """A second is what the test says."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.now = 0.0
-        monkeypatch.setattr("batchnorm.checks.live.pace.time.perf_counter", lambda: self.now)
-
-
-@pytest.mark.parametrize(("step", "look"), [(1e-3, 5e-3), (0.2, 0.02), (1.0, 0.001)])
-def test_looking_stays_below_its_share(step: float, look: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    clock, pace, looked = Clock(monkeypatch), Pace(None, 0), []
-    for number in range(1, 20_001):
-        if pace.begin():
-            looked.append(number)
-            since = clock.now
-            clock.now += look
-            pace.pay(since)
-            pace.looked()
-        clock.now += step
-    assert looked[0] == 1
-    assert pace.overhead <= SHARE
-    later = [number for number in looked if number > 2 * pace.interval]
-    assert all(number % pace.interval == 0 for number in later)
-    assert str(pace.interval).strip("0") in ("1", "2", "5")
-    # Round numbers waste at most a factor of 2.5, and of steps of 1 ms the hooks take a third of the share.
-    assert len(looked) > 20_000 * SHARE * step / look / 4 or pace.interval == 1
-
-
-def test_the_price_is_what_the_look_took(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock, pace = Clock(monkeypatch), Pace(1, 0)
-    for _ in range(10):
-        assert pace.begin()
-        since = clock.now
-        clock.now += 1
-        pace.pay(since)
-        pace.looked()
-        clock.now += 4
-    pace.begin()
-    assert pace.overhead == pytest.approx(0.25, abs=1e-4)
 
 
 def test_importing_it_takes_no_writer_and_no_rich() -> None:

@@ -67,6 +67,69 @@ def test_updates_in_backward() -> None:
     assert "2 updates of the running statistics in a step, 1 of them in backward" in finding.message
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_updates_in_backward_of_a_part(reentrant: bool) -> None:
+    class Part(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.norm, self.last = nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 2)
+
+        def forward(self, x: Tensor) -> dict[str, Any]:
+            hidden = checkpoint(lambda x: self.norm(self.first(x)), x, use_reentrant=reentrant)
+            return {"out": [self.last(hidden), hidden.sum()]}
+
+    model, found = Part(), []
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    with batchnorm.watch(model, optimizer=optimizer, every=1, table=False, on_finding=found.append):
+        for _ in range(3):
+            for _ in range(2):
+                (out, extra) = model(torch.randn(32, 4, requires_grad=True))["out"]
+                (out.square().mean() + extra).backward()
+            optimizer.step()
+    (message,) = (each.message for each in found if each.code == "BN105")
+    assert message == "2 updates of the running statistics in a step, 1 of them in backward"
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d, batchnorm.BatchNorm2d])
+@pytest.mark.parametrize("part", [False, True])
+@pytest.mark.parametrize("by_optimizer", [False, True])
+def test_a_forward_without_gradients_is_no_update_in_backward(
+    norm: Any, part: bool, by_optimizer: bool
+) -> None:
+    """Of pseudo-labels, between forward and backward, of the model or of a part of it."""
+    model, found = conv_net(norm), []
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    given = {"optimizer": optimizer} if by_optimizer else {}
+    with batchnorm.watch(model, every=1, table=False, on_finding=found.append, **given):
+        for x in BATCHES[:4]:
+            loss = F.cross_entropy(model(x), torch.arange(16) % 3)
+            with torch.no_grad():
+                (model[:3] if part else model)(pictures(seed=20))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    assert found == []
+
+
+def test_an_optimizer_that_does_not_step() -> None:
+    model = conv_net(momentum=0.99)
+    other = torch.optim.SGD(nn.Linear(1, 1).parameters(), 0.01)
+    found: list[batchnorm.Finding] = []
+    with batchnorm.watch(model, optimizer=other, every=1, table=False, on_finding=found.append) as watcher:
+        train(model, [BATCHES[0]] * 200)
+        assert len(watcher._looking._watch.notes["1"].calls["train"]) == 64
+        assert (
+            "the optimizer has not stepped in 200 forwards: pass the one that trains the model as optimizer="
+            in watcher.findings.notes
+        )
+    # Of layers by themselves nothing is lost; calls without an end are not one step.
+    assert [each.code for each in found] == ["BN004"]
+    other = torch.optim.SGD(model.parameters(), 0.01)
+    with batchnorm.watch(model, optimizer=other, every=1, table=False, on_finding=found.append) as watcher:
+        train(model, [BATCHES[0]] * 70, other)
+        assert not any("has not stepped" in note for note in watcher.findings.notes)
+
+
 def test_a_nan_in_one_batch() -> None:
     bad = BATCHES[2].clone()
     bad[0, 0, 0, 0] = float("nan")

@@ -112,9 +112,6 @@ def test_a_table_in_a_file_is_its_last_state(capsys: pytest.CaptureFixture[str])
 
 
 _LOOP = """
-import sys, torch, batchnorm
-sys.path.insert(0, {folder!r})
-from watch_helpers import conv_net, pictures, train
 model = conv_net(momentum=0.99)
 with batchnorm.watch(model, every=1):
     for epoch in range(2):
@@ -134,7 +131,76 @@ if {fails}:
 @pytest.mark.parametrize("fails", [False, True])
 def test_in_a_terminal(fails: bool) -> None:
     """Printed lines are whole, the table is there once, and the cursor comes back, whatever ends the program."""
-    code = _LOOP.format(folder=str(Path(__file__).resolve().parents[1]), fails=fails)
+    said, status = in_terminal(_LOOP.format(fails=fails))
+    assert (status != 0) is fails, said
+    assert said.count("\x1b[?25l") == said.count("\x1b[?25h") > 0
+    for epoch in range(2):
+        assert f"epoch {epoch}\r\n" in said
+    assert "progress 2" in said
+    assert said.count("BN004 warning at 1, 4") == 1 + fails
+
+
+_KEPT = """
+import logging
+model = conv_net()
+watcher = batchnorm.watch(model, every=1)
+train(model, [pictures(), pictures()])
+log, error, output = logging.StreamHandler(), sys.stderr, sys.stdout
+error.write("\\rbar 10%")
+output.write("begun ")
+watcher.close()
+output.write("ended\\n")
+error.write("\\rbar 100%\\n")
+output.flush(), error.flush()
+log.emit(logging.makeLogRecord({"msg": "logged"}))
+print("printed")
+"""
+
+
+def test_a_stream_that_was_kept_outlives_the_table() -> None:
+    said, status = in_terminal(_KEPT)
+    assert status == 0, said
+    behind = said[said.rindex("\x1b[?25h") :]
+    # A line that was begun is not lost, and goes on where it was.
+    assert "begun bar 10%ended\r\n\rbar 100%\r\nlogged\r\nprinted\r\n" in behind
+
+
+_TWO = """
+one, two = conv_net(), nn.Sequential(nn.Flatten(), nn.BatchNorm1d(36), nn.Linear(36, 3))
+first, second = batchnorm.watch(one, every=1), batchnorm.watch(two, every=1)
+for _ in range(3):
+    train(one, [pictures()])
+    train(two, [pictures()])
+first.close()
+print("between")
+train(two, [pictures(), pictures()])
+assert type(sys.stdout).__name__ == "_Above"
+second.close()
+assert type(sys.stdout).__name__ == "TextIOWrapper"
+print("behind")
+"""
+
+
+def test_a_second_table_waits_for_the_first() -> None:
+    said, status = in_terminal(_TWO)
+    assert status == 0, said
+    assert said.count("no table while another is shown") == 1
+    _, after = said.split("between\r\n")
+    assert "step 5 · every step" in after
+    assert "behind\r\n" in after
+
+
+_HEAD = """
+import sys, torch, batchnorm
+from torch import nn
+sys.path.insert(0, {folder!r})
+from watch_helpers import conv_net, pictures, train
+"""
+
+
+def in_terminal(code: str) -> tuple[str, int]:
+    """What a program says in a terminal, and its exit status."""
+    code = _HEAD.format(folder=str(Path(__file__).resolve().parents[1])) + code
     ours, theirs = pty.openpty()
     environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "100", "LINES": "30"}
     with subprocess.Popen(
@@ -149,12 +215,7 @@ def test_in_a_terminal(fails: bool) -> None:
         said = _read(ours)
         status = process.wait(timeout=60)
     os.close(ours)
-    assert (status != 0) is fails, said
-    assert said.count("\x1b[?25l") == said.count("\x1b[?25h") > 0
-    for epoch in range(2):
-        assert f"epoch {epoch}\r\n" in said
-    assert "progress 2" in said
-    assert said.count("BN004 warning at 1, 4") == 1 + fails
+    return said, status
 
 
 def _read(descriptor: int) -> str:

@@ -19,7 +19,7 @@ from batchnorm.checks.rule import Need, Rule, chosen
 from batchnorm.stats._batches import Forward
 from batchnorm.stats._targets import bare
 
-__all__ = ["check"]
+__all__ = ["check", "held", "judged"]
 
 # What only these rules need and what takes time of its own.
 _PROBES = {"BN109": "timing", "BN112": "self-test"}
@@ -138,10 +138,10 @@ def check(
         has.add("graph")
     if world_size > 1:
         has.add("world_size")
-    return judged(evidence, rules, given=frozenset(has), model=network, held=_held(model))
+    return judged(evidence, rules, given=frozenset(has), model=network, held=held(model))
 
 
-def _held(model: nn.Module) -> bool:
+def held(model: nn.Module) -> bool:
     """Whether DistributedDataParallel is around the network: it goes on reducing the parameters that it has seen."""
     return any(isinstance(each, DistributedDataParallel) for each in model.modules())
 

@@ -1,5 +1,6 @@
 """Hooks before every batch norm, which note what each call brings."""
 
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -10,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
+from batchnorm.checks._ear import Ear
 from batchnorm.checks._host import on_host
 from batchnorm.checks._padding import padded_share
 from batchnorm.checks.evidence import Call, Seen
@@ -50,11 +52,12 @@ class Watch:
         self._sites: dict[str, int] = {}
         self._given: set[int] = set()
         self._reached = 0
+        self.thread: int | None = None  # whose calls are meant, if not those of all
 
     def hang(self) -> list[RemovableHandle]:
         """Put the hooks on; taking them away is the caller's."""
         return [
-            module.register_forward_pre_hook(self._hook(name, module.num_features), with_kwargs=True)
+            module.register_forward_pre_hook(Ear(self._hook(name, module.num_features)), with_kwargs=True)
             for name, module in self.norms
         ]
 
@@ -103,7 +106,7 @@ class Watch:
         notes = self.notes[name]
 
         def observe(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if self.mode is None:
+            if self.mode is None or self.thread not in (None, threading.get_ident()):
                 return
             seen = seen_by(layer, channels, args, kwargs)
             if seen is None or not seen[0].numel():

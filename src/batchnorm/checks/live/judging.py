@@ -7,8 +7,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
+from batchnorm._walk import Changes
 from batchnorm.checks._check import judged
 from batchnorm.checks._collect import decay_of, steps_of
+from batchnorm.checks._fix import known, marked, repair
 from batchnorm.checks._host import on_host
 from batchnorm.checks._state import norms_of
 from batchnorm.checks.evidence import Call, Evidence, Fed, Run, Seen
@@ -22,6 +24,8 @@ __all__ = ["Judge", "Told"]
 _LOOKS = 8  # whose calls are evidence
 # Batches of the model's input, which is no matter of the weights, so that older ones still count.
 _INPUTS = 32
+# Forwards without a step of the optimizer are no accumulation of gradients.
+_WAITED = 64
 # What a few looks may show that the next ones do not: measured on batches, or near a bound.
 _WAVERING = {"BN005", "BN007", "BN008", "BN103", "BN105", "BN106", "BN107", "BN108", "BN110"}
 # What needs the network's code or runs of its own.
@@ -42,6 +46,7 @@ class Told:
     first: int
     last: int
     gone: bool = False
+    absent: int = 0  # for how many looks it has not been there
 
     @property
     def places(self) -> set[str]:
@@ -64,6 +69,7 @@ class Judge:
         *,
         world_size: int,
         unheard: str = "",  # why calls of layers are not looked at
+        held: bool = False,  # a wrapper holds the model's parameters
     ) -> None:
         self.told: list[Told] = []
         self._model, self._optimizer = model, optimizer
@@ -73,7 +79,8 @@ class Judge:
         self._looks: deque[Look] = deque(maxlen=_LOOKS)
         self._inputs: deque[Call] = deque(maxlen=_INPUTS)
         self._before: list[Finding] = []  # what the last look found
-        self._absent: dict[int, int] = {}  # of what was told: for how many looks it has not been there
+        self._heard: dict[tuple[str, str], int] = {}  # the worst that was told, by code and layer
+        self._held, self._layers = held, known(model, ())
         self._latest: Findings | None = None
         # SGD does not count its steps; from a fresh model on they can be counted here.
         self._fresh = all(not layer._buffers.get("num_batches_tracked") for _, layer in norms_of(model))
@@ -95,11 +102,15 @@ class Judge:
             given.add("batches")
         latest = judged(self._evidence(steps), self._rules, given=frozenset(given), model=None)
         found = [each for each in latest if not _may_be_rare(each)]
+        self._layers = known(self._model, [layer.name for layer in look.layers])
         self._latest, before, self._before = latest, self._before, found
         return self._sorted_out(found, before, look.step)
 
-    def findings(self) -> Findings:
-        """All that has been told, those that have gone among them, of which the notes say so."""
+    def findings(self, waited: int = 0) -> Findings:
+        """All that has been told, those that have gone among them, of which the notes say so.
+
+        `waited` for the first step of the optimizer, so many forwards long.
+        """
         latest = self._latest
         notes = [] if latest is None else list(latest.notes)
         notes += [
@@ -109,17 +120,31 @@ class Judge:
         ]
         if latest is None:
             notes.append("no step was looked at: watch the module that the loop calls, or give optimizer=")
+        if waited >= _WAITED:
+            notes.append(
+                f"the optimizer has not stepped in {waited:,} forwards: "
+                "pass the one that trains the model as optimizer="
+            )
         if self._unheard:
             notes.append(
                 f"the model is {self._unheard}: weights and running statistics are looked at, calls are not"
             )
+        model, layers = self._model, self._layers
+        current = marked(model, [each.finding for each in self.told if not each.gone], layers)
+        here = {id(each) for each in current}
+
+        def mend(some: Sequence[Finding], inplace: bool) -> Changes:
+            # What has gone is as it should be by now.
+            left = [each for each in some if id(each) in here]
+            return repair(model, left, layers, inplace=inplace, parameters=not self._held)
+
         return Findings(
-            [each.finding for each in self.told],
+            [*current, *(each.finding for each in self.told if each.gone)],
             layers=len(self._looks[-1].layers) if self._looks else len(norms_of(self._model)),
             ran=() if latest is None else latest.ran,
             not_run=self._left if latest is None else dict(sorted({**latest.not_run, **self._left}.items())),
             notes=notes,
-            repair=None,
+            repair=mend,
         )
 
     def _evidence(self, steps: int) -> Evidence:
@@ -147,23 +172,40 @@ class Judge:
         )
 
     def _sorted_out(self, found: list[Finding], before: Sequence[Finding], step: int) -> list[Finding]:
-        """What of it is new; what was told and is there no more is marked."""
+        """What of it is new, or worse than it was told; what was told and is there no more is marked."""
+        taken: list[Finding] = []
+        kept: list[Told] = []
         new: list[Finding] = []
-        for index, told in enumerate(self.told):
-            current = next((each for each in found if _same(each, told.finding)), None)
-            self._absent[index] = 0 if current is not None else self._absent.get(index, 0) + 1
-            if current is not None:
-                told.finding, told.last = current, step
-            told.gone = self._absent[index] > 1
-        for each in found:
-            if any(_same(each, told.finding) and not _worse(each, told.finding) for told in self.told):
-                continue
-            if each.code not in _WAVERING or any(
-                _same(each, other) and not _worse(each, other) for other in before
-            ):
-                self.told.append(Told(each, step, step))
+        for told in self.told:
+            alike = [each for each in found if _same(each, told.finding)]
+            free = [each for each in alike if each not in taken]
+            if alike and not free:
+                continue  # what was told in two findings has become one
+            told.absent = 0 if free else told.absent + 1
+            told.gone = told.absent > 1
+            if free:
+                taken.append(free[0])
+                told.last = step
+                if not _worse(free[0], told.finding) or _sure(free[0], before):
+                    told.finding = free[0]
+            kept.append(told)
+        kept += [Told(each, step, step) for each in found if each not in taken and _sure(each, before)]
+        for each in (told.finding for told in kept if told.last == step):
+            places, severity = {each.module, *each.also}, SEVERITIES.index(each.severity)
+            worst = [heard for place in places if (heard := self._heard.get((each.code, place))) is not None]
+            if not worst or severity < min(worst):
                 new.append(each)
+            for place in places:
+                self._heard[each.code, place] = min(severity, self._heard.get((each.code, place), severity))
+        self.told = kept
         return new
+
+
+def _sure(finding: Finding, before: Sequence[Finding]) -> bool:
+    """Whether it needs no second look, or the last one has had it, and as bad."""
+    return finding.code not in _WAVERING or any(
+        _same(finding, other) and not _worse(finding, other) for other in before
+    )
 
 
 def _same(one: Finding, other: Finding) -> bool:

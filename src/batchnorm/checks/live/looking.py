@@ -1,5 +1,6 @@
 """One look: what every layer gets in one step, and how it stands then."""
 
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,6 +23,8 @@ __all__ = ["Look", "Looking", "cells"]
 # Of the model's input: pictures are cut into so many cells a side, and of other input so many features are taken.
 _CELLS = 8
 _FEATURES = 1024
+# Of a step: one that does not end would keep what every forward brings.
+_FORWARDS = 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,19 +53,27 @@ class Looking:
         self._training = {name: module.training for name, module in norms_of(model)}
         self._handles: list[RemovableHandle] = []
         self._before: dict[str, Tensor] = {}
-        self._counts: list[tuple[dict[str, Tensor], dict[str, Tensor]]] = []  # before and behind each forward
+        self._counts: list[_Counted] = []  # before and behind each forward
+        self._backward: list[_Counted] = []  # and each backward
+        self._backward_from: dict[str, Tensor] | None = None  # one is on
+        self._over = False
+
+    @property
+    def full(self) -> bool:
+        """Whether it has as many forwards as one look takes."""
+        return len(self._counts) >= _FORWARDS
 
     def begin(self, args: Any, kwargs: Any) -> None:
         """The model is called in training mode."""
-        if not self._watch.norms:
+        if not self._watch.norms or self.full:
             return
         self._watch.samples = _samples(args, kwargs)
         self._watch.note_inputs(self._model, args, kwargs)
         self._before = self._counters()
-        self._watch.mode = "train"
+        self._watch.mode, self._watch.thread = "train", threading.get_ident()
         self._handles += self._watch.hang()
 
-    def end(self) -> None:
+    def end(self, output: Any = None) -> None:
         """The forward is over, or has failed."""
         for handle in self._handles:
             handle.remove()
@@ -70,10 +81,29 @@ class Looking:
         if self._watch.mode is not None:
             self._counts.append((self._before, self._counters()))
             self._watch.mode = None
+            # What moves a counter in backward is a forward that is computed again; anything else that moves it behind
+            # the forward is one that the loop has run.
+            nodes = {each.grad_fn for each in tree_leaves(output) if isinstance(each, Tensor)}
+            for node in nodes - {None}:
+                node.register_prehook(self._backward_begins)  # type: ignore[union-attr]
 
-    def finish(self) -> Look:
-        """The step is over: bring everything to the CPU."""
-        seen = self._watch.seen()
+    def _backward_begins(self, gradients: Any) -> None:
+        """A backward pass has reached the model."""
+        if not self._over and self._backward_from is None:
+            self._backward_from = self._counters()
+            torch.autograd.Variable._execution_engine.queue_callback(self._backward_ends)  # type: ignore[no-untyped-call]
+
+    def _backward_ends(self) -> None:
+        before, self._backward_from = self._backward_from, None
+        if before is not None:
+            self._backward.append((before, self._counters()))
+
+    def finish(self, *, whole: bool = True) -> Look:
+        """The step is over: bring everything to the CPU. Of one that is not `whole` calls say nothing."""
+        self.end()
+        self._backward_ends()  # an optimizer may step within
+        self._over = True
+        seen = self._watch.seen() if whole else {}
         for name, (forward, step) in self._updates().items():
             if name in seen:
                 seen[name] = replace(seen[name], updates_forward=forward, updates_step=step)
@@ -92,17 +122,20 @@ class Looking:
         if not self._counts:
             return {}
         names = list(self._counts[0][0])
-        readings = [*(part for pair in self._counts for part in pair), self._counters()]
-        read = on_host([reading[name] for name in names for reading in readings])
-        count, forwards, found = len(readings), len(self._counts), {}
+        pairs = [*self._counts, *self._backward]
+        read = on_host([reading[name] for name in names for pair in pairs for reading in pair])
+        forwards, found = len(self._counts), {}
         for place, name in enumerate(names):
-            own = [int(value) for value in read[place * count : (place + 1) * count]]
-            forward = sum(own[2 * each + 1] - own[2 * each] for each in range(forwards))
-            step = own[-1] - own[0]
+            own = [int(value) for value in read[2 * place * len(pairs) : 2 * (place + 1) * len(pairs)]]
+            moved = [after - before for before, after in zip(own[::2], own[1::2], strict=True)]
+            forward, step = sum(moved[:forwards]), sum(moved)
             # Several forwards in the step: what each of them did, if they are alike.
             if forward % forwards == 0:
                 found[name] = forward // forwards, step // forwards if step % forwards == 0 else None
         return found
+
+
+_Counted = tuple[dict[str, Tensor], dict[str, Tensor]]  # num_batches_tracked before and after
 
 
 def _samples(args: Any, kwargs: Any) -> int:

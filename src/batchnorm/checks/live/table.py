@@ -3,7 +3,7 @@
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, ClassVar
 
 from batchnorm._files import require
 from batchnorm.checks.live.judging import Told
@@ -27,15 +27,18 @@ Numbers = Mapping[str, Mapping[str, float]]
 class LiveTable:
     """Drawn on stderr, anew at every look. What the loop prints meanwhile scrolls by above it.
 
-    rich takes over stdout and stderr while it is shown. A line that is written over itself, as a progress bar is,
-    stands below the table.
+    It stands before stdout and stderr while it is shown. A line that is written over itself, as a progress bar is,
+    stands below the table. A terminal has room for one: another table waits until the first is closed, and says so.
     """
+
+    _in_terminal: ClassVar["LiveTable | None"] = None
 
     def __init__(self) -> None:
         require("rich", package="rich", purpose="watch's table")
         self._live: Any = None
-        self._streams: list[tuple[str, IO[str]]] = []
+        self._streams: list[tuple[str, _Above]] = []
         self._below = ""
+        self._waits = False
         self._shown: RenderableType | None = None
 
     def show(self, numbers: Numbers, told: Sequence[Told], pace: Pace, title: str) -> None:
@@ -46,6 +49,10 @@ class LiveTable:
         if self._live is None:
             console = Console(file=sys.stderr)
             if console.is_terminal:
+                if LiveTable._in_terminal is not None:
+                    self._wait(title)
+                    return
+                LiveTable._in_terminal = self
                 console.line()  # a progress bar that was there before may stand in the middle of one
             self._live = Live(
                 console=console,
@@ -57,11 +64,24 @@ class LiveTable:
             self._live.start()
             for name in ("stdout", "stderr"):
                 stream = getattr(sys, name)
-                if stream is not None and stream.isatty():
-                    self._streams.append((name, stream))
-                    setattr(sys, name, _Above(stream, self))
+                if console.is_terminal and stream is not None and stream.isatty():
+                    self._streams.append((name, _Above(stream, self)))
+                    setattr(sys, name, self._streams[-1][1])
         self._shown = drawn(numbers, told, pace, title, height=self._live.console.height)
         self._refresh()
+
+    def _wait(self, title: str) -> None:
+        if not self._waits:
+            print(
+                f"{title}: no table while another is shown; close() its watcher, or leave this out: table=False",
+                file=sys.stderr,
+            )
+        self._waits = True
+
+    @property
+    def stands(self) -> bool:
+        """Whether it is shown."""
+        return self._live is not None
 
     def print_above(self, line: str) -> None:
         """A line of the training loop's."""
@@ -88,26 +108,41 @@ class LiveTable:
         live, self._live = self._live, None
         if live is None:
             return
-        for name, stream in self._streams:
-            if isinstance(getattr(sys, name), _Above):
-                setattr(sys, name, stream)
-        self._streams.clear()
-        if self._shown is not None and not self._below:
+        if LiveTable._in_terminal is self:
+            LiveTable._in_terminal = None
+        if self._shown is not None:
             live.update(self._shown)
         live.stop()
+        for name, above in self._streams:
+            if getattr(sys, name) is above:
+                setattr(sys, name, above.stream)
+            above.let_go()
+        self._streams.clear()
 
 
 class _Above:
-    """Stands for stdout or stderr: whole lines go above the table, and one that is being written over below it."""
+    """Stands for stdout or stderr: whole lines go above the table, and one that is being written over below it.
+
+    Whoever has kept it (a progress bar, a handler of logging) writes to the stream itself once the table is closed.
+    """
 
     def __init__(self, stream: IO[str], table: LiveTable) -> None:
-        self._stream, self._table, self._begun, self._below = stream, table, "", False
+        self.stream, self._table, self._begun, self._below = stream, table, "", False
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
+        return getattr(self.stream, name)
+
+    def let_go(self) -> None:
+        """The table is closed: a line that has been begun goes on behind it."""
+        begun, self._begun = self._begun, ""
+        if begun:
+            self.stream.write(begun)
+            self.stream.flush()
 
     def write(self, text: str) -> int:
         """Text as the loop writes it; a carriage return begins the line anew."""
+        if not self._table.stands:
+            return self.stream.write(text)
         *lines, self._begun = (self._begun + text).split("\n")
         for line in lines:
             self._table.print_above(_last(line))
@@ -126,9 +161,9 @@ class _Above:
 
     def flush(self) -> None:
         """Show the beginning of a line, too."""
-        if self._begun:
+        if self._begun and self._table.stands:
             self._table.put_below(self._begun)
-        self._stream.flush()
+        self.stream.flush()
 
 
 def _last(line: str) -> str:

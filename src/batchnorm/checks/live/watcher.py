@@ -1,6 +1,7 @@
 """The watcher: hooks on a model and its optimizer, and what follows from a look."""
 
 import inspect
+import threading
 import time
 import weakref
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from batchnorm import ops
+from batchnorm.checks._ear import Ear
 from batchnorm.checks.finding import Finding
 from batchnorm.checks.findings import Findings
 from batchnorm.checks.live.judging import Judge
@@ -24,26 +26,12 @@ from batchnorm.checks.live.writing import Writing
 __all__ = ["Watcher"]
 
 
-class _Ear:
-    """A hook. In a copy of the model, or a pickle of it, stands one that hears nothing, and in a graph none at all."""
-
-    def __init__(self, heard: Callable[..., None]) -> None:
-        self._heard = heard
+class _Ear(Ear):
+    """Of the model and of optimizers: in a graph it is not there at all."""
 
     def __call__(self, *args: Any) -> None:
         if not torch.compiler.is_compiling():
-            self._heard(*args)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (_deaf, ())
-
-
-def _deaf() -> Callable[..., None]:
-    return deaf
-
-
-def deaf(*args: Any) -> None:
-    """The hook of a copy."""
+            super().__call__(*args)
 
 
 def _calls_of(module: nn.Module) -> int:
@@ -95,8 +83,11 @@ class Watcher:
         self._handles: list[Any] = []
         self._looking: Looking | None = None
         self._inside = False  # the model's forward
+        self._thread: int | None = None  # that runs it
+        self._lock = threading.Lock()
         self._deeper = 0  # calls of the model by itself, of which the outer one is meant
         self._by_optimizer = self._on = False  # a step of the optimizer has begun
+        self._never, self._waited = False, 0  # the optimizer has not stepped, for so many forwards
         self._closed = False
         # At the interpreter's end, too: a table that is not stopped leaves the terminal without a cursor.
         self._at_exit = None if table is None else weakref.finalize(self, table.stop)
@@ -133,7 +124,7 @@ class Watcher:
         """All that has been found, as `check` returns it. What has gone since is among it, and a note says so."""
         if not self._inside:
             self._settle()
-        return self._judge.findings()
+        return self._judge.findings(self._waited if self._never else 0)
 
     def close(self) -> None:
         """Take all hooks off and leave the table as it stands. A second call does nothing."""
@@ -165,6 +156,7 @@ class Watcher:
         # A model that is compiled in place would take the hooks into its graph; its optimizer is heard instead.
         inside = getattr(self._entered, "_compiled_call_impl", None) is not None
         self._by_optimizer = optimizer is not None or inside
+        self._never = optimizer is not None
         if not inside:
             # Before and behind the layers' own, should the model be a layer, and if it fails, too.
             self._handles = [
@@ -180,7 +172,7 @@ class Watcher:
             self._handles.append(register_optimizer_step_post_hook(_Ear(self._stepped_if_mine(first))))
 
     def _forward_begins(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if module is not self._entered or ops.is_recomputation():
+        if module is not self._entered or ops.is_recomputation() or not self._alone():
             return
         if self._inside:
             if _calls_of(module) > 1:
@@ -188,13 +180,16 @@ class Watcher:
                 return
             # Ctrl-C: PyTorch calls the hooks behind a forward after an Exception, and not after that.
             self._end()
+            self._thread = threading.get_ident()
         try:
             if not self._by_optimizer:
                 self._settle()
             if not (torch.is_grad_enabled() and self._model.training):
+                self._thread = None
                 return
             self._inside = True
             begins = not self._on
+            self._waited += 1
             if begins:
                 self._step_begins()
             if self._calls and (self._looking is not None or (begins and self._pace.glances)):
@@ -210,25 +205,35 @@ class Watcher:
             raise
 
     def _forward_ends(self, module: nn.Module, args: Any, output: Any) -> None:
-        if module is not self._entered or not self._inside or ops.is_recomputation():
+        mine = self._inside and self._thread == threading.get_ident()
+        if module is not self._entered or not mine or ops.is_recomputation():
             return
         if self._deeper:
             self._deeper -= 1
         else:
-            self._end()
+            self._end(output)
 
-    def _end(self) -> None:
+    def _alone(self) -> bool:
+        """Whether no other thread is in the model: of two forwards at a time one is watched."""
+        with self._lock:
+            if self._thread is None:
+                self._thread = threading.get_ident()
+            return self._thread == threading.get_ident()
+
+    def _end(self, output: Any = None) -> None:
         self._inside, self._deeper = False, 0
         if self._looking is not None:
             since = time.perf_counter()
-            self._looking.end()
+            self._looking.end(output)
             self._pace.pay(since)
+        self._thread = None
 
     def _stepped(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         """The optimizer's hook. A step in which no forward was heard shows weights and running statistics."""
         try:
             if not self._on:
                 self._step_begins()
+            self._never, self._waited = False, 0
             self._settle()
             self._on = False
         except BaseException:
@@ -264,7 +269,7 @@ class Watcher:
         if looking is None:
             return
         since = time.perf_counter()
-        look = looking.finish()
+        look = looking.finish(whole=not (self._never and looking.full))
         new = self._judge.judge(look, self.step - self._pace.start)
         self.numbers = {layer.name: numbers_of(layer, look.calls(layer.name)) for layer in look.layers}
         self._writing.write(look, self.numbers, self._summary())

@@ -3,13 +3,14 @@
 import sys
 from collections.abc import Callable, Iterable
 from importlib.util import find_spec
-from itertools import groupby
+from itertools import chain, groupby
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from batchnorm._errors import InputError, InputTypeError, message
+from batchnorm._errors import InputError, InputTypeError, ModelError, message
+from batchnorm.checks._check import held
 from batchnorm.checks._collect import compiled
 from batchnorm.checks.finding import Finding
 from batchnorm.checks.live.judging import Judge
@@ -77,7 +78,7 @@ def watch(
     Raises:
         InputTypeError: `model` is no module, `writer` neither kind, `optimizer` no optimizer, `on_finding` no function.
         InputError: `every` is below 1, `start` below 0, an unknown rule, or histograms for a writer without them.
-        ModelError: the model is scripted or sharded.
+        ModelError: the model is scripted or sharded, or on the meta device.
         MissingDependencyError: `table=True` without rich.
 
     Example:
@@ -93,6 +94,7 @@ def watch(
     rules = chosen(select, ignore)
     _check_numbers(every, start)
     network = bare(model, "watch")
+    _refuse_meta(network)
     if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
         raise InputTypeError(
             message("watch: optimizer", got=type(optimizer).__name__, expected="a torch.optim.Optimizer")
@@ -118,6 +120,7 @@ def watch(
             optimizer,
             world_size=processes,
             unheard="compiled" if is_compiled else "copied to several devices" if spread else "",
+            held=held(model),
         ),
         pace=Pace(every, start),
         writing=writing,
@@ -127,6 +130,19 @@ def watch(
     )
     watcher.hang(optimizer)
     return watcher
+
+
+def _refuse_meta(model: nn.Module) -> None:
+    empty = [name for name, value in chain(model.named_parameters(), model.named_buffers()) if value.is_meta]
+    if empty:
+        raise ModelError(
+            message(
+                "watch: model",
+                got=f"{empty[0]} on the meta device, which holds no numbers",
+                expected="a model with its weights",
+                fix="Call model.to_empty(device=...) and load or initialize them first.",
+            )
+        )
 
 
 def _check_numbers(every: object, start: object) -> None:
