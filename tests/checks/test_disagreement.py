@@ -63,7 +63,7 @@ def test_a_counter_that_was_set_back_does_not_make_the_updates_few() -> None:
             layer.num_batches_tracked.fill_(6)
             layer.running_var.mul_(0.1)
     finding = only(model, "BN101", batches=batches)
-    assert "too few updates" not in finding.cause
+    assert "updates" not in finding.cause
     assert finding.severity == "info"
 
 
@@ -77,8 +77,7 @@ def test_statistics_that_the_start_is_not_in_do_not_come_from_few_updates() -> N
     with torch.no_grad():
         model(torch.randn(64, 4) * 10 + 50)
     finding = only(model, "BN101", batches=[torch.randn(64, 4) * 10 + 70 for _ in range(6)])
-    assert "still their start" not in finding.cause
-    assert finding.severity == "info"
+    assert (finding.severity, "samples are of another kind" in finding.cause) == ("info", True)
     # The same data after the only update that there was.
     model[0].reset_running_stats()
     with torch.no_grad():
