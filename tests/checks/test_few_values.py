@@ -11,6 +11,7 @@ from run_helpers import call_of, digits, digits_net, made_up
 from torch import nn
 
 import batchnorm
+from batchnorm.checks.measures import usual_error
 from batchnorm.checks.rule import rule_named
 
 
@@ -68,6 +69,33 @@ def test_two_samples_are_too_few_however_sure_their_mean_is() -> None:
     # The usual batch counts.
     last = [*[torch.randn(6, 1, 32, 32) for _ in range(3)], torch.randn(2, 1, 32, 32)]
     assert found(model, "BN103", batches=last) == ()
+
+
+def test_a_short_last_batch_does_not_set_the_error() -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8))
+    for sizes in ((64, 64, 2), (64, 2), (2, 64, 64)):
+        assert found(model, "BN103", batches=[torch.randn(size, 4) for size in sizes]) == ()
+    # The error is that of the batch whose count is told.
+    finding = only(model, "BN103", batches=[torch.randn(size, 4) for size in (8, 8, 8, 3)])
+    assert (finding.severity, finding.evidence["values"]) == ("info", 8)
+    assert finding.evidence["standard_error"] == pytest.approx(1 / 8**0.5)
+    finding = only(model, "BN103", batches=[torch.randn(size, 4) for size in (2, 64, 2)])
+    assert (finding.severity, finding.evidence["values"]) == ("warning", 2)
+    assert finding.evidence["standard_error"] == pytest.approx(1 / 2**0.5)
+
+
+def test_the_error_of_the_usual_batch_by_hand() -> None:
+    """Drawn from a known distribution: samples that differ by 1 σ, and positions by another."""
+    sizes = (16, 16, 16, 4, 1)
+    calls = [
+        call_of(torch.randn(size, 200, 1) + torch.randn(size, 200, 50), index)
+        for index, size in enumerate(sizes)
+    ]
+    # A sample's mean has the variance 1 + 1 / 50, a value 2.
+    expected = ((1 + 1 / 50) / 16 / 2) ** 0.5
+    assert float(usual_error(calls).median()) == pytest.approx(expected, rel=0.05)
+    assert float(usual_error(calls, 4).median()) == pytest.approx(expected / 2, rel=0.05)
+    assert usual_error(calls[-1:]).isnan().all()
 
 
 def test_two_samples_of_every_process_are_two_or_many() -> None:

@@ -154,3 +154,24 @@ def test_running_statistics_without_their_start() -> None:
     (layer,) = layers_of_model(norm)
     assert torch.equal(without_start(layer)[1], norm.running_var)
     assert without_start(layer)[2] == 0.0
+
+
+def test_without_an_update_that_counts_nothing_is_divided_out() -> None:
+    """A momentum of 0: numbers from elsewhere are what they are, and the start is nothing."""
+    norm = nn.BatchNorm1d(4, momentum=0.0)
+    norm.num_batches_tracked.fill_(100)
+    (layer,) = layers_of_model(norm)
+    assert [each.tolist() for each in without_start(layer)[:2]] == [[0.0] * 4, [0.0] * 4]
+    batches = [torch.randn(32, 4) * 1.2 + 0.5 for _ in range(6)]
+    for batch in batches:
+        batch[:, 1] = 0.7
+    assert found(norm, "BN108", batches=batches) == ()  # nothing says that it ever varied
+    norm.running_mean.fill_(0.5)
+    norm.running_var.fill_(1.5)
+    (layer,) = layers_of_model(norm)
+    cleared_mean, cleared_var, left = without_start(layer)
+    assert torch.equal(cleared_mean, layer.mean)
+    assert torch.equal(cleared_var, layer.var)
+    assert left == 0.0
+    assert only(norm, "BN108", batches=batches).evidence["channels"] == 1
+    assert found(norm, "BN108", batches=[torch.randn(32, 4) for _ in range(6)]) == ()

@@ -30,7 +30,9 @@ __all__ = [
     "sites_apart",
     "standard_error",
     "typical",
+    "usual_error",
     "usual_high",
+    "usual_of",
     "without_start",
 ]
 
@@ -136,16 +138,18 @@ def share_of_data(layer: Layer) -> float:
 def without_start(layer: Layer) -> tuple[Tensor, Tensor, float]:
     """Running mean and variance without what is left of their start, 0 and 1, and how much of it was left.
 
-    0 was left, and they are as they are, where that cannot be in them: numbers that came from elsewhere.
+    0 was left, and they are as they are, where that cannot be in them: numbers that came from elsewhere. Without any
+    data (a momentum of 0) they are their start, of which nothing stays, or came from elsewhere.
     """
     if layer.mean is None or layer.var is None:
         raise ValueError("no running statistics")
     share = share_of_data(layer)
     left = 1 - share
+    if not share and (layer.mean == 0).all() and (layer.var == 1).all():
+        return layer.mean, torch.zeros_like(layer.var), left
     # The start's 1 is in every variance.
-    if (layer.var < 0.99 * left).any():
+    if not share or (layer.var < 0.99 * left).any():
         return layer.mean, layer.var, 0.0
-    share = max(share, torch.finfo(torch.float64).tiny)
     return layer.mean / share, ((layer.var - left) / share).clamp(min=0), left
 
 
@@ -168,6 +172,24 @@ def standard_error(calls: Sequence[Call], processes: int = 1) -> Tensor:
     var = torch.stack([call.var + call.between / call.samples for call in calls]).mean(0)
     error = torch.stack([call.between / (call.samples * processes) for call in calls]).mean(0)
     return (error / var).sqrt().masked_fill(~alive(var), float("nan"))
+
+
+def usual_of(sizes: Sequence[int]) -> int:
+    """The size of the usual batch: the last one may be short."""
+    return sorted(sizes)[len(sizes) // 2]
+
+
+def usual_error(calls: Sequence[Call], processes: int = 1) -> Tensor:
+    """The same of the usual batch, the median of their sizes: a short one says little, and does not set the error."""
+    several = [call for call in calls if call.samples > 1]
+    if not several:
+        return torch.full_like(calls[0].mean, float("nan"))
+    usual = processes * usual_of([call.samples for call in several])
+    weights = torch.tensor([call.samples - 1.0 for call in several], dtype=torch.float64)
+    weights = weights / weights.sum()
+    between = weights @ torch.stack([call.between for call in several])
+    var = weights @ torch.stack([call.var + call.between / call.samples for call in several])
+    return (between / usual / var).sqrt().masked_fill(~alive(var), float("nan"))
 
 
 def from_batches(layer: Layer, calls: Sequence[Call]) -> Tensor:

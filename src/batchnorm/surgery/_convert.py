@@ -16,7 +16,7 @@ from batchnorm.nn.families import FAMILIES, Family, family_of
 from batchnorm.nn.frozen import Frozen
 from batchnorm.nn.member import AnyBatchNorm
 from batchnorm.surgery import _kinds as kinds
-from batchnorm.surgery._fitness import has_more, inside, unconvertible
+from batchnorm.surgery._fitness import inside, lost, unconvertible
 from batchnorm.surgery._rank import ranks
 from batchnorm.surgery._rebuild import (
     KEPT,
@@ -233,7 +233,7 @@ class _Conversion:
     def _class(self, spot: Spot) -> None:
         """Another class for the very layer."""
         cls, reason = _new_class_unless_frozen(spot.module, self.family, self.only, self.parts)
-        reason = reason or (_lost(spot.module, cls, self.parts) if cls is not None else "")
+        reason = reason or (lost(spot.module, cls, self.parts) if cls is not None else "")
         if reason or cls is None:
             self.result.skip(spot, reason)
         elif cls is not type(spot.module) or self.options:
@@ -281,7 +281,7 @@ class _Conversion:
             self._make(spot, ready)
             return
         cls, reason = _new_class_unless_frozen(ready, self.family, self.only, self.parts, spot.module)
-        reason = reason or (_lost(ready, cls, self.parts, spot.module) if cls is not None else "")
+        reason = reason or (lost(ready, cls, self.parts, spot.module) if cls is not None else "")
         if reason or cls is None:
             self.result.skip(spot, reason)
             return
@@ -369,22 +369,6 @@ def new_class(
     if axes not in classes:
         return None, "its shape is not known yet: run one batch through the model first"
     return classes[axes], ""
-
-
-def _lost(
-    module: nn.Module, cls: type[nn.Module], parts: tuple[Traced, ...], called: nn.Module | None = None
-) -> str:
-    """What the new class could not do, and this layer does; `called` is what the model calls in its place."""
-    if not isinstance(module, Extras) or issubclass(cls, Extras):
-        return ""
-    if module.activation is not None:
-        return f"it holds the activation {module.activation!r}, which {cls.__name__} does not have"
-    for name in ("nonfinite", "single"):
-        if getattr(module, name) != getattr(Extras, name):
-            return f"it has {name}={getattr(module, name)!r}, which {cls.__name__} does not have"
-    if any(has_more(called or module, part) for part in parts):
-        return f"it is called with a residual or a mask, which {cls.__name__} does not take"
-    return ""
 
 
 def plan_conversion(plan: Plan, module: nn.Module, cls: type[nn.Module], options: dict[str, Any]) -> None:

@@ -19,6 +19,7 @@ from batchnorm.surgery._trace import Traced
 __all__ = [
     "has_more",
     "inside",
+    "lost",
     "of_a_domain",
     "outside",
     "unconvertible",
@@ -143,3 +144,19 @@ def unconvertible(module: nn.Module, classes: Container[type[nn.Module]]) -> str
     if type(module) is nn.SyncBatchNorm:
         return "it is synchronized: its statistics are those of all processes"
     return f"{name} is a class of its own, which may do more than normalize"
+
+
+def lost(
+    module: nn.Module, cls: type[nn.Module], parts: tuple[Traced, ...], called: nn.Module | None = None
+) -> str:
+    """What the new class could not do, and this layer does; `called` is what the model calls in its place."""
+    if not isinstance(module, Extras) or issubclass(cls, Extras):
+        return ""
+    if module.activation is not None:
+        return f"it holds the activation {module.activation!r}, which {cls.__name__} does not have"
+    for name in ("nonfinite", "single"):
+        if getattr(module, name) != getattr(Extras, name):
+            return f"it has {name}={getattr(module, name)!r}, which {cls.__name__} does not have"
+    if any(has_more(called or module, part) for part in parts):
+        return f"it is called with a residual or a mask, which {cls.__name__} does not take"
+    return ""

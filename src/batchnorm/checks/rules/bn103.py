@@ -16,10 +16,10 @@ right if every two volumes of a batch of 16 are normalized by themselves, 87 % b
 - A batch norm behind global pooling, where an image is one value per channel.
 - A large batch cut up over many processes, each with its own statistics (BN016).
 
-The batches that you give here should be as large as those of the training. A batch norm with fewer than 16 values per
-channel is an "info"; it is a warning where the mean is uncertain by 0.4 σ or more (six samples behind global pooling),
-and with two samples a batch. Batches of one are left alone: what normalizes them is their own, which some networks for
-images want.
+The batches that you give here should be as large as those of the training. Where their sizes differ, the rule judges
+one of the median size. A batch norm with fewer than 16 values per channel is an "info"; it is a warning where the mean
+is uncertain by 0.4 σ or more (six samples behind global pooling), and with two samples a batch. Batches of one are left
+alone: what normalizes them is their own, which some networks for images want.
 
 ## What to do
 
@@ -32,7 +32,7 @@ from collections.abc import Iterator
 
 from batchnorm.checks.evidence import Evidence, Layer
 from batchnorm.checks.finding import Finding, Severity
-from batchnorm.checks.measures import median, standard_error
+from batchnorm.checks.measures import median, usual_error, usual_of
 from batchnorm.checks.rule import Rule, rule
 
 __all__ = ["BN103"]
@@ -50,17 +50,17 @@ _PAIR = 2
     reference="https://arxiv.org/abs/1803.08494",
 )
 def BN103(self: Rule, evidence: Evidence) -> Iterator[Finding]:  # noqa: N802 - named as its code
-    """The standard error of a batch's mean, and the counts of values and of samples."""
+    """The standard error of the usual batch's mean, and its counts of values and of samples."""
     found: dict[tuple[Severity, str, str], list[tuple[Layer, int, float]]] = {}
     for layer, seen in evidence.observed():
         calls = [call for call in seen.train if call.samples > 1]
         if not calls or not seen.training or layer.kind == "BatchRenorm":
             continue
         processes = evidence.world_size if layer.synchronized else 1
-        # The usual batch: the last one may be short, which is BN104's.
-        count = processes * sorted(call.samples * call.positions for call in calls)[len(calls) // 2]
-        samples = processes * sorted(call.samples for call in calls)[len(calls) // 2]
-        error = median(standard_error(calls, processes))
+        # A short last batch is BN104's.
+        count = processes * usual_of([call.samples * call.positions for call in calls])
+        samples = processes * usual_of([call.samples for call in calls])
+        error = median(usual_error(calls, processes))
         if error != error:  # no channel varies
             continue
         severity: Severity = "warning" if error >= _UNCERTAIN or samples <= _PAIR else "info"
