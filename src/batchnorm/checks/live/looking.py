@@ -91,7 +91,7 @@ class Looking:
         """A backward pass has reached the model."""
         if not self._over and self._backward_from is None:
             self._backward_from = self._counters()
-            torch.autograd.Variable._execution_engine.queue_callback(self._backward_ends)  # type: ignore[no-untyped-call]
+            torch.autograd.Variable._execution_engine.queue_callback(self._backward_ends)
 
     def _backward_ends(self) -> None:
         before, self._backward_from = self._backward_from, None
