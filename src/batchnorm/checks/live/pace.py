@@ -14,7 +14,9 @@ _LEAST = 0.005  # for looks, where steps are so short that hooks take the rest
 _RECENT = 32  # steps whose median is the time of a step
 _GLANCES = 8  # between two looks
 _LOOKS = 5  # looks the least of which is the price of one
-_FIRST = 2  # looks that import, compile and allocate: what they take above the price of one is not made up for
+_FIRST = (
+    2  # looks that import, compile and allocate: what they take above the price of one is not made up for
+)
 _SOON = 10  # steps at the end of which there is a look behind those, which shows the price
 
 
