@@ -1,5 +1,7 @@
 """When `watch` looks: how often, and at what price."""
 
+import itertools
+
 import pytest
 
 from batchnorm.checks.live.pace import SHARE, Pace
@@ -72,4 +74,4 @@ def test_slow_first_looks_do_not_stretch_the_interval(
 def test_a_later_slow_look_is_made_up_for(monkeypatch: pytest.MonkeyPatch) -> None:
     looked = looked_at(monkeypatch, [0.005] * 5 + [1.0] + [0.005], 6000)
     # 1 s is 3 % of 3,333 steps of 10 ms, a few of them lost to the two hooks.
-    assert max(after - before for before, after in zip(looked, looked[1:], strict=False)) > 3000
+    assert max(after - before for before, after in itertools.pairwise(looked)) > 3000

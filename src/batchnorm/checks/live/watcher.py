@@ -18,7 +18,7 @@ from batchnorm.checks._state import layers_of_model
 from batchnorm.checks.finding import Finding
 from batchnorm.checks.findings import Findings
 from batchnorm.checks.live.judging import Judge
-from batchnorm.checks.live.looking import Looking, cells
+from batchnorm.checks.live.looking import Look, Looking, cells
 from batchnorm.checks.live.numbers import numbers_of
 from batchnorm.checks.live.pace import Pace
 from batchnorm.checks.live.table import LiveTable
@@ -334,9 +334,12 @@ class Watcher:
         if self._looked != self.step:
             layers = layers_of_model(self._model)
             new = self._judge.judge_end(layers, self.step, self.step - self._pace.start)
-            self.numbers = {
-                layer.name: {**self.numbers.get(layer.name, {}), **numbers_of(layer, ())} for layer in layers
-            }
+            numbers = {layer.name: numbers_of(layer, ()) for layer in layers}
+            self.numbers = {name: {**self.numbers.get(name, {}), **found} for name, found in numbers.items()}
+            if new:
+                summary = self._summary()
+                summary.pop("worst_mean_gap", None)  # of a batch
+                self._writing.write(Look(self.step, layers, {}, 0), numbers, summary)
         for finding in new:
             self._writing.tell(finding, self.step)
         self._pace.pay(since)
