@@ -161,7 +161,7 @@ def test_a_model_that_is_compiled_in_place_or_later() -> None:
     assert watcher.numbers["1"]["gamma"] > 0
     with quiet(later, every=1) as watcher:
         train(torch.compile(later, backend="eager", fullgraph=True), ORDINARY[:2], optimizer)
-    assert "no step was looked at" in watcher.findings.notes[-1]
+    assert "no training step was seen" in watcher.findings.notes[-1]
 
 
 def test_wrapped_models() -> None:

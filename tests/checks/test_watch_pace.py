@@ -1,5 +1,7 @@
 """When `watch` looks: how often, and at what price."""
 
+import itertools
+
 import pytest
 
 from batchnorm.checks.live.pace import SHARE, Pace
@@ -44,3 +46,32 @@ def test_the_price_is_what_the_look_took(monkeypatch: pytest.MonkeyPatch) -> Non
         clock.now += 4
     pace.begin()
     assert pace.overhead == pytest.approx(0.25, abs=1e-4)
+
+
+def looked_at(monkeypatch: pytest.MonkeyPatch, prices: list[float], steps: int) -> list[int]:
+    """Steps of 10 ms that are looked at; the looks take what `prices` says, and its last behind that."""
+    clock, pace, looked = Clock(monkeypatch), Pace(None, 0), []
+    for number in range(1, steps + 1):
+        if pace.begin():
+            since = clock.now
+            clock.now += prices[min(len(looked), len(prices) - 1)]
+            looked.append(number)
+            pace.pay(since)
+            pace.looked()
+        clock.now += 0.01
+    return looked
+
+
+@pytest.mark.parametrize("slow", [[1.0], [1.0, 0.3], [0.005, 1.0]])
+def test_slow_first_looks_do_not_stretch_the_interval(
+    slow: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usual = looked_at(monkeypatch, [0.005], 600)
+    assert len(usual) >= 20
+    assert len(looked_at(monkeypatch, [*slow, 0.005], 600)) >= len(usual) - 2
+
+
+def test_a_later_slow_look_is_made_up_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked = looked_at(monkeypatch, [0.005] * 5 + [1.0] + [0.005], 6000)
+    # 1 s is 3 % of 3,333 steps of 10 ms, a few of them lost to the two hooks.
+    assert max(after - before for before, after in itertools.pairwise(looked)) > 3000

@@ -13,7 +13,7 @@ from batchnorm.checks._collect import decay_of, steps_of
 from batchnorm.checks._fix import known, marked, repair
 from batchnorm.checks._host import on_host
 from batchnorm.checks._state import norms_of
-from batchnorm.checks.evidence import Call, Evidence, Fed, Run, Seen
+from batchnorm.checks.evidence import Call, Evidence, Fed, Layer, Run, Seen
 from batchnorm.checks.finding import SEVERITIES, Finding
 from batchnorm.checks.findings import Findings
 from batchnorm.checks.live.looking import Look
@@ -24,8 +24,6 @@ __all__ = ["Judge", "Told"]
 _LOOKS = 8  # whose calls are evidence
 # Batches of the model's input, which is no matter of the weights, so that older ones still count.
 _INPUTS = 32
-# Forwards without a step of the optimizer are no accumulation of gradients.
-_WAITED = 64
 # What a few looks may show that the next ones do not: measured on batches, or near a bound.
 _WAVERING = {"BN005", "BN007", "BN008", "BN103", "BN105", "BN106", "BN107", "BN108", "BN110"}
 # What needs the network's code or runs of its own.
@@ -93,24 +91,34 @@ class Judge:
     def judge(self, look: Look, steps: int) -> list[Finding]:
         """Take in a look, after so many steps; what is told for the first time."""
         self._looks.append(look)
-        given: set[Need] = {"model"}
-        if self._optimizer is not None:
-            given.add("optimizer")
-        if self._world_size > 1:
-            given.add("world_size")
+        given = self._given()
         if any(each.seen for each in self._looks):
             given.add("batches")
-        latest = judged(self._evidence(steps), self._rules, given=frozenset(given), model=None)
+        evidence = self._evidence(look.layers, steps)
+        latest = judged(evidence, self._rules, given=frozenset(given), model=None)
         found = [each for each in latest if not _may_be_rare(each)]
         self._layers = known(self._model, [layer.name for layer in look.layers])
         self._latest, before, self._before = latest, self._before, found
         return self._sorted_out(found, before, look.step)
 
-    def findings(self, waited: int = 0) -> Findings:
-        """All that has been told, those that have gone among them, of which the notes say so.
+    def judge_end(self, layers: Sequence[Layer], step: int, steps: int) -> list[Finding]:
+        """Judge how the layers stand at the end, by the rules that need no batches; what is told for the first time."""
+        if self._looks:
+            # In eval mode, should validation have come last.
+            training = {layer.name: layer.training for layer in self._looks[-1].layers}
+            layers = [replace(each, training=training.get(each.name, each.training)) for each in layers]
+        rules = {code: rule for code, rule in self._rules.items() if "batches" not in rule.needs}
+        latest = judged(
+            self._evidence(tuple(layers), steps), rules, given=frozenset(self._given()), model=None
+        )
+        # Nothing is known anew of what is measured on batches.
+        left = [each.finding for each in self.told if each.finding.code not in rules and not each.gone]
+        self._latest = self._latest or latest
+        self._layers = known(self._model, [layer.name for layer in layers])
+        return self._sorted_out([*latest, *left], self._before, step)
 
-        `waited` for the first step of the optimizer, so many forwards long.
-        """
+    def findings(self, more: Sequence[str] = ()) -> Findings:
+        """All that has been told, those that have gone among them, of which the notes say so. `more` notes."""
         latest = self._latest
         notes = [] if latest is None else list(latest.notes)
         notes += [
@@ -118,13 +126,9 @@ class Judge:
             for each in self.told
             if each.gone
         ]
-        if latest is None:
-            notes.append("no step was looked at: watch the module that the loop calls, or give optimizer=")
-        if waited >= _WAITED:
-            notes.append(
-                f"the optimizer has not stepped in {waited:,} forwards: "
-                "pass the one that trains the model as optimizer="
-            )
+        if latest is None and not norms_of(self._model):
+            notes.append("there is no batch norm that knows its shape in it")
+        notes += more
         if self._unheard:
             notes.append(
                 f"the model is {self._unheard}: weights and running statistics are looked at, calls are not"
@@ -140,26 +144,35 @@ class Judge:
 
         return Findings(
             [*current, *(each.finding for each in self.told if each.gone)],
-            layers=len(self._looks[-1].layers) if self._looks else len(norms_of(self._model)),
+            layers=len(self._layers) if self._looks else len(norms_of(self._model)),
             ran=() if latest is None else latest.ran,
             not_run=self._left if latest is None else dict(sorted({**latest.not_run, **self._left}.items())),
             notes=notes,
             repair=mend,
         )
 
-    def _evidence(self, steps: int) -> Evidence:
-        looks, latest, optimizer = list(self._looks), self._looks[-1], self._optimizer
+    def _given(self) -> set[Need]:
+        """What rules may need, without batches."""
+        given: set[Need] = {"model"}
+        if self._optimizer is not None:
+            given.add("optimizer")
+        if self._world_size > 1:
+            given.add("world_size")
+        return given
+
+    def _evidence(self, layers: tuple[Layer, ...], steps: int) -> Evidence:
+        looks, optimizer = list(self._looks), self._optimizer
         counted = None if optimizer is None else steps_of(optimizer)
         if counted is None and optimizer is not None and self._fresh:
             counted = steps
         return Evidence(
-            latest.layers,
+            layers,
             training=True,
             compiled=self._unheard == "compiled",
             learns=any(p.requires_grad for p in self._model.parameters()),
             seen={
                 layer.name: seen
-                for layer in latest.layers
+                for layer in layers
                 if (seen := _merged(looks, layer.name, layer.channels)) is not None
             },
             run=Run(

@@ -13,14 +13,18 @@ _HOOKS = 1e-5  # seconds a step: the two hooks between looks, measured on a mode
 _LEAST = 0.005  # for looks, where steps are so short that hooks take the rest
 _RECENT = 32  # steps whose median is the time of a step
 _GLANCES = 8  # between two looks
-_LOOKS = 5  # looks whose median is the price of one
+_LOOKS = 5  # looks the least of which is the price of one
+_FIRST = (
+    2  # looks that import, compile and allocate: what they take above the price of one is not made up for
+)
+_SOON = 10  # steps at the end of which there is a look behind those, which shows the price
 
 
 class Pace:
     """Counts steps, times them and the looks, and says which step is looked at.
 
     Without `every` the next look is at the first multiple of 1, 2, 5, 10, 20, 50, ... steps at which all looks together
-    will have cost at most `SHARE` of the steps' time.
+    will have cost at most `SHARE` of the steps' time, the first two of them at the price of a usual one.
     """
 
     def __init__(self, every: int | None, start: int) -> None:
@@ -33,6 +37,7 @@ class Pace:
         self._spent_before = 0.0
         self._steps: deque[float] = deque(maxlen=_RECENT)
         self._prices: deque[float] = deque(maxlen=_LOOKS)
+        self._first: list[float] = []  # prices of the first looks
         self._price = 0.0
 
     def begin(self) -> bool:
@@ -60,6 +65,8 @@ class Pace:
     def looked(self) -> None:
         """A look is over: plan the next."""
         self._prices.append(self._price)
+        if len(self._first) < _FIRST:
+            self._first.append(self._price)
         self._price = 0.0
         if self.every is None:
             self._plan()
@@ -73,16 +80,20 @@ class Pace:
         return (self.spent + _HOOKS * done) / self.time if self.time > 0 else 0.0
 
     def _plan(self) -> None:
-        step = statistics.median(self._steps) if self._steps else 0.0
-        price = statistics.median(self._prices)
+        # The first step is slow as the first look is.
+        step = statistics.median_low(self._steps) if self._steps else 0.0
+        price = min(self._prices)
         if step <= 0:
             self.next = self.step + 1
             return
         budget = max(_LEAST * step, SHARE * step - _HOOKS)  # of each step
         self.interval = _round_up(price / budget)
-        affordable = self.start + (self.spent + price) / budget
+        warming = sum(max(0.0, first - price) for first in self._first)
+        affordable = self.start + (self.spent - warming + price) / budget
         wanted = max(self.step + 1, affordable)
         self.next = -int(-wanted // self.interval) * self.interval
+        if len(self._prices) <= _FIRST:
+            self.next = min(self.next, max(self.step + 1, self.start + _SOON))
 
 
 def _round_up(steps: float) -> int:

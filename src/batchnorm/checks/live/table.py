@@ -41,8 +41,10 @@ class LiveTable:
         self._waits = False
         self._shown: RenderableType | None = None
 
-    def show(self, numbers: Numbers, told: Sequence[Told], pace: Pace, title: str) -> None:
-        """Draw it."""
+    def show(
+        self, numbers: Numbers, told: Sequence[Told], pace: Pace, title: str, *, ended: bool = False
+    ) -> None:
+        """Draw it; `ended` for the last time."""
         from rich.console import Console
         from rich.live import Live
 
@@ -67,7 +69,7 @@ class LiveTable:
                 if console.is_terminal and stream is not None and stream.isatty():
                     self._streams.append((name, _Above(stream, self)))
                     setattr(sys, name, self._streams[-1][1])
-        self._shown = drawn(numbers, told, pace, title, height=self._live.console.height)
+        self._shown = drawn(numbers, told, pace, title, height=self._live.console.height, ended=ended)
         self._refresh()
 
     def _wait(self, title: str) -> None:
@@ -173,7 +175,7 @@ def _last(line: str) -> str:
 
 
 def drawn(
-    numbers: Numbers, told: Sequence[Told], pace: Pace, title: str, *, height: int = 40
+    numbers: Numbers, told: Sequence[Told], pace: Pace, title: str, *, height: int = 40, ended: bool = False
 ) -> "RenderableType":
     """The table as something that rich draws."""
     from rich.console import Group
@@ -183,9 +185,8 @@ def drawn(
     if len(told) > _FINDINGS:
         lines.append(Text(f"and {len(told) - _FINDINGS} more", style="dim"))
     rows = max(_FEW, height - _AROUND - len(lines))
-    foot = (
-        f"watching takes {100 * pace.overhead:.1f} % of the training's time · next look at step {pace.next:,}"
-    )
+    cost = f"{100 * pace.overhead:.1f} % of the training's time"
+    foot = f"watching took {cost}" if ended else f"watching takes {cost} · next look at step {pace.next:,}"
     return Group(_table(numbers, told, title, rows), *lines, Text(foot, style="dim", no_wrap=True))
 
 

@@ -14,6 +14,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from batchnorm import ops
 from batchnorm.checks._ear import Ear
+from batchnorm.checks._state import layers_of_model
 from batchnorm.checks.finding import Finding
 from batchnorm.checks.findings import Findings
 from batchnorm.checks.live.judging import Judge
@@ -44,13 +45,16 @@ def _calls_of(module: nn.Module) -> int:
 
 
 _CALL = nn.Module._call_impl.__code__
+# Forwards without a step of the optimizer are no accumulation of gradients.
+_WAITED = 64
 
 
 class Watcher:
     """A model that is watched, from `batchnorm.watch` until `close()` or the end of a `with` block.
 
     Attributes:
-        numbers: of the last look, the numbers of every layer by the last part of their tags.
+        numbers: of the last look, the numbers of every layer by the last part of their tags; after `close()`, those of
+            weights and running statistics are of the end.
 
     Example:
         >>> import torch, batchnorm
@@ -88,6 +92,8 @@ class Watcher:
         self._deeper = 0  # calls of the model by itself, of which the outer one is meant
         self._by_optimizer = self._on = False  # a step of the optimizer has begun
         self._never, self._waited = False, 0  # the optimizer has not stepped, for so many forwards
+        self._passed, self._trained = 0, False  # forwards that were no step, and whether any was
+        self._looked: int | None = None  # the last step that was looked at
         self._closed = False
         # At the interpreter's end, too: a table that is not stopped leaves the terminal without a cursor.
         self._at_exit = None if table is None else weakref.finalize(self, table.stop)
@@ -124,15 +130,42 @@ class Watcher:
         """All that has been found, as `check` returns it. What has gone since is among it, and a note says so."""
         if not self._inside:
             self._settle()
-        return self._judge.findings(self._waited if self._never else 0)
+        return self._judge.findings(self._notes())
+
+    def _notes(self) -> list[str]:
+        """What keeps it from seeing the training."""
+        notes = []
+        if self._passed and not self._trained:
+            notes.append(
+                f"no training step was seen: {self._passed:,} forwards were in eval mode or without gradients; "
+                "call model.train() before the loop"
+            )
+        elif self.step == self._pace.start:
+            notes.append(
+                "no training step was seen: watch the module that the loop calls, or give optimizer="
+            )
+        elif self._looked is None and self._looking is None:
+            notes.append(
+                f"no step was looked at: there were {self.step - self._pace.start:,}; give a smaller every="
+            )
+        if self._never and self._waited >= _WAITED:
+            notes.append(
+                f"the optimizer has not stepped in {self._waited:,} forwards: "
+                "pass the one that trains the model as optimizer="
+            )
+        return notes
 
     def close(self) -> None:
-        """Take all hooks off and leave the table as it stands. A second call does nothing."""
+        """Take all hooks off, look at weights and running statistics once more, and leave the table as it stands.
+
+        A second call does nothing.
+        """
         if self._closed:
             return
         self._take_off()
         try:
             self._settle()
+            self._look_at_the_end()
         finally:
             self._abandon()
 
@@ -185,9 +218,10 @@ class Watcher:
             if not self._by_optimizer:
                 self._settle()
             if not (torch.is_grad_enabled() and self._model.training):
+                self._passed += 1
                 self._thread = None
                 return
-            self._inside = True
+            self._inside = self._trained = True
             begins = not self._on
             self._waited += 1
             if begins:
@@ -278,8 +312,9 @@ class Watcher:
         self._pace.pay(since)
         self._pace.looked()
         since = time.perf_counter()
+        self._looked = look.step
         if self._table is not None:
-            self._table.show(self.numbers, self._judge.told, self._pace, self._title(look))
+            self._table.show(self.numbers, self._judge.told, self._pace, self._title())
         if new:  # above the table
             self._tell(look.step, new)
         self._pace.pay(since)
@@ -290,7 +325,37 @@ class Watcher:
         found = {"findings": float(len(counted)), "overhead": self.overhead}
         return {"worst_mean_gap": max(gaps), **found} if gaps else found
 
-    def _title(self, look: Look) -> str:
+    def _look_at_the_end(self) -> None:
+        """What needs no forward: weights, running statistics, and the rules about them."""
+        if self.step == self._pace.start:
+            return
+        since = time.perf_counter()
+        new: list[Finding] = []
+        if self._looked != self.step:
+            layers = layers_of_model(self._model)
+            new = self._judge.judge_end(layers, self.step, self.step - self._pace.start)
+            numbers = {layer.name: numbers_of(layer, ()) for layer in layers}
+            self.numbers = {name: {**self.numbers.get(name, {}), **found} for name, found in numbers.items()}
+            if new:
+                summary = self._summary()
+                summary.pop("worst_mean_gap", None)  # of a batch
+                self._writing.write(Look(self.step, layers, {}, 0), numbers, summary)
+        for finding in new:
+            self._writing.tell(finding, self.step)
+        self._pace.pay(since)
+        if self._table is not None:
+            self._table.show(self.numbers, self._judge.told, self._pace, self._title(ended=True), ended=True)
+        if new:
+            self._tell(self.step, new)
+
+    def _title(self, *, ended: bool = False) -> str:
+        """`ended` for the last one, which says of which step the batches are."""
+        name = f"batch norm in {type(self._model).__name__}"
+        if ended and self._looked != self.step:
+            seen = (
+                f"batches of step {self._looked:,}" if self._looked is not None else "no batch was looked at"
+            )
+            return f"{name} · ended at step {self.step:,} · {seen}"
         interval = self._pace.interval
         every = "every step" if interval == 1 else f"every {interval:,} steps"
-        return f"batch norm in {type(self._model).__name__} · step {look.step:,} · {every}"
+        return f"{name} · step {self.step if ended else self._looked:,} · {every}"

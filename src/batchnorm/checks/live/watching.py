@@ -60,7 +60,7 @@ def watch(
         writer: TensorBoard's SummaryWriter or anything with `add_scalar(tag, value, step)`; or a function
             `writer(tag, value, step)`. What it raises ends the watch and reaches the loop.
         every: look at the steps that this divides. If not given, at the first, then on round numbers, so that looking
-            stays below 3 % of the time of the steps.
+            stays below 3 % of the time of the steps; what the first two take longer than a usual look is not counted.
         optimizer: the one that trains it, for several forwards a step, and for the rules that ask for it.
         table: a live table on stderr; if not given, where that is a terminal and rich is installed. Of several
             processes only the first shows one.
@@ -76,7 +76,8 @@ def watch(
         Watcher: a context manager, with `close()`, `findings`, `numbers`, `step` and `overhead`.
 
     Raises:
-        InputTypeError: `model` is no module, `writer` neither kind, `optimizer` no optimizer, `on_finding` no function.
+        InputTypeError: `model` is no module, `writer` neither kind, `optimizer` no optimizer, `on_finding` no function,
+            `table` neither True, False nor None.
         InputError: `every` is below 1, `start` below 0, an unknown rule, or histograms for a writer without them.
         ModelError: the model is scripted or sharded, or on the meta device.
         MissingDependencyError: `table=True` without rich.
@@ -93,6 +94,8 @@ def watch(
     """
     rules = chosen(select, ignore)
     _check_numbers(every, start)
+    if table is not None and not isinstance(table, bool):
+        raise InputTypeError(message("watch: table", got=repr(table), expected="True, False or None"))
     network = bare(model, "watch")
     _refuse_meta(network)
     if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
