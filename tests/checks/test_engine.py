@@ -148,7 +148,8 @@ def test_a_forward_that_cannot_be_followed_is_noted() -> None:
 def test_nothing_to_look_at_is_noted(model: nn.Module) -> None:
     findings = batchnorm.check(model)
     assert (len(findings), findings.layers) == (0, 0)
-    assert "no batch norm" in findings.notes[0]
+    lazy = isinstance(model, nn.Sequential)
+    assert findings.notes[0] == f"there is no batch norm {'that knows its shape ' if lazy else ''}in it"
 
 
 def test_layers_without_numbers_are_no_error() -> None:
@@ -224,13 +225,25 @@ def test_the_worst_comes_first_and_is_counted() -> None:
     assert findings.at_least("info") == tuple(findings) == findings.findings
     assert findings[0].code == "BN001"
     assert len(findings) == len(order)
-    lines = str(findings).splitlines()
-    assert lines[:-1] == [str(each) for each in findings]
-    assert lines[-1] == findings.summary
-    assert "1 error" in lines[-1]
-    assert "3 batch norms" in lines[-1]
+    assert "1 error" in findings.summary
+    assert "3 batch norms" in findings.summary
     assert repr(findings) == f"Findings({findings.summary})"
     assert batchnorm.check(trained(plain(nn.BatchNorm2d(4)))).summary.startswith("nothing found")
+
+
+def test_as_text_each_has_why_and_fix() -> None:
+    findings = batchnorm.check(sick())
+    lines = str(findings).splitlines()
+    for number, each in enumerate(findings):
+        assert lines[3 * number : 3 * number + 2] == [str(each), f"  why: {each.cause}"]
+        assert lines[3 * number + 2].startswith("  fix")
+        assert lines[3 * number + 2].endswith(each.fix)
+    rest = lines[3 * len(findings) :]
+    assert rest[0] == findings.summary
+    assert rest[-1].startswith("not looked at: 12 rules without batches=; ")
+    assert "1 rule without averaged=" in rest[-1]
+    told = str(batchnorm.check(nn.Linear(2, 2), select="BN001")).splitlines()
+    assert told == ["nothing found: 0 batch norms looked at by 1 rule", "note: there is no batch norm in it"]
 
 
 def test_json_and_page(tmp_path) -> None:
@@ -357,6 +370,15 @@ def test_bad_arguments(given: dict, error: type[Exception]) -> None:
     with pytest.raises(error, match=next(iter(given)).split("_")[0].removesuffix("es")):
         batchnorm.check(model, **given)
     assert_same_state(model, before)
+
+
+def test_the_optimizer_of_another_model_is_refused() -> None:
+    model = sick()
+    parameters = list(model.parameters())
+    with pytest.raises(batchnorm.InputError, match=r"SGD that holds none of this model's .*SGD\(model\.par"):
+        batchnorm.check(model, optimizer=torch.optim.SGD(sick().parameters(), 0.1, weight_decay=0.1))
+    # One that holds a part of them is usual.
+    assert "BN014" in batchnorm.check(model, optimizer=torch.optim.SGD(parameters[:1], 0.1)).ran
 
 
 def test_a_scripted_model_is_refused() -> None:
