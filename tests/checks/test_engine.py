@@ -372,6 +372,29 @@ def test_bad_arguments(given: dict, error: type[Exception]) -> None:
     assert_same_state(model, before)
 
 
+def test_a_batch_that_begins_with_the_labels_is_told() -> None:
+    batches = [(torch.zeros(8, dtype=torch.long), torch.randn(8, 3))]
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    says = (
+        r"The first of 2 elements was taken as the input: int64 of shape \(8,\)\. If .* a loader that gives"
+    )
+    with pytest.raises(batchnorm.DataError, match=says):
+        batchnorm.check(model, batches=batches)
+    with pytest.raises(batchnorm.DataError) as error:
+        batchnorm.check(model, batches=batches, forward=lambda model, batch: model(batch[0]))
+    assert "was taken" not in str(error.value)
+
+
+def test_a_function_as_batches_is_to_be_called() -> None:
+    def make_loader() -> list[torch.Tensor]:
+        return []
+
+    with pytest.raises(
+        batchnorm.InputTypeError, match=r"check: batches: got a function.*batches=make_loader\(\)"
+    ):
+        batchnorm.check(sick(), batches=make_loader)  # type: ignore[arg-type]
+
+
 def test_the_optimizer_of_another_model_is_refused() -> None:
     model = sick()
     parameters = list(model.parameters())
