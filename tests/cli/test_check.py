@@ -53,7 +53,7 @@ def test_what_fix_would_mend_is_told(run: Run) -> None:
         "  fix   layer.momentum = 0.01, then batchnorm.recalibrate(model, loader)\n"
         "        (safe, by findings.fix(); recalibrate is left to you)\n"
     ) in text
-    assert text.count("(safe, by findings.fix())") == 1  # and not for BN001
+    assert text.count("(safe, by findings.fix(); recalibrate is left to you)") == 1  # and not for BN001
     assert "1 of 2 can be mended by batchnorm.check(...).fix() in Python: BN004\n" in text
     told = json.loads(run("check", "nets:poisoned", "--json", "-").stdout)
     assert [each["mendable"] for each in told["findings"]] == [False, True]
