@@ -44,3 +44,13 @@ def plain(*norms: nn.Module) -> nn.Sequential:
     for norm in norms:
         layers += [nn.Conv2d(4, 4, 3, padding=1, bias=False), norm, nn.ReLU()]
     return nn.Sequential(*layers)
+
+
+def sick() -> nn.Sequential:
+    """Findings of every severity."""
+    model = trained(
+        plain(nn.BatchNorm2d(4), batchnorm.BatchNorm2d(4, momentum=0.9), nn.BatchNorm2d(4, momentum=0.9))
+    )
+    model[1].running_mean[1] = torch.nan
+    model[1].running_var[0] = 0
+    return model

@@ -2,9 +2,12 @@
 
 import doctest
 import re
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
+
+import batchnorm
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 API = sorted((DOCS / "api").glob("*.md"))
@@ -40,3 +43,26 @@ def test_every_name_has_a_line_of_its_own(page: Path) -> None:
 def test_every_link_leads_somewhere(page: Path) -> None:
     links = re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8"))
     assert [link for link in links if not link.startswith("http") and not (page.parent / link).exists()] == []
+
+
+@pytest.mark.parametrize(
+    ("page", "leads_to"),
+    [
+        ("../README.md", ("docs/checking.md", "docs/watching.md", "docs/api/checks.md#what-fix-mends")),
+        ("index.md", ("checking.md", "watching.md")),
+        ("rules.md", ("checking.md", "watching.md", "api/checks.md#what-fix-mends")),
+        ("checking.md", ("watching.md",)),
+        ("api/cli.md", ("../watching.md", "checks.md#what-fix-mends")),
+        ("api/checks.md", ("../checking.md", "../watching.md")),
+    ],
+)
+def test_the_pages_of_the_check_lead_to_each_other(page: str, leads_to: tuple[str, ...]) -> None:
+    text = (DOCS / page).read_text(encoding="utf-8")
+    assert [link for link in leads_to if f"]({link})" not in text] == []
+
+
+def test_the_page_of_the_check_names_attributes_that_there_are() -> None:
+    row = re.search(r"^\| `Finding` \|(.*)\|$", (DOCS / "api/checks.md").read_text("utf-8"), re.MULTILINE)
+    assert row is not None
+    named = set(re.findall(r"`(\w+)`", row[1]))
+    assert {"code", "module", "also"} <= named <= {each.name for each in fields(batchnorm.Finding)}

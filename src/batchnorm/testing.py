@@ -53,7 +53,7 @@ def assert_healthy(
         AssertionError: 1 finding in 1 batch norm
         model: BN004 warning: momentum is 0.9: each batch replaces 90 % of the running statistics
           why: in PyTorch momentum is the weight of the new batch, elsewhere that of the old average
-          fix (safe, by findings.fix()): layer.momentum = 0.1, then batchnorm.recalibrate(model, loader)
+          fix (safe, by findings.fix(); recalibrate is left to you): layer.momentum = 0.1, then ...
     """
     __tracebackhide__ = True  # pytest then shows the line of the test
     if severity not in SEVERITIES:

@@ -176,7 +176,7 @@ def test_wrong_layers_are_not_synchronized_at_once(monkeypatch: pytest.MonkeyPat
     codes = ["BN016", "BN112"]
     changes = batchnorm.check(made.model, select=codes, **made.given).fix()
     assert type(changes.model.norm) is batchnorm.BatchNorm2d
-    assert any("BN112 comes first" in note for note in changes.notes)
+    assert any("BN112 comes first" in each.reason for each in changes.skipped)
     again = batchnorm.check(changes.model, select=codes, **made.given).fix()
     assert type(again.model.norm) is batchnorm.SyncBatchNorm
     assert batchnorm.check(again.model, select=codes, **made.given).findings == ()
@@ -201,7 +201,9 @@ def test_mendable_is_told(tmp_path: Path) -> None:
     told = json.loads(findings.to_json())
     assert [each["mendable"] for each in told["findings"]] == [False, True]
     assert told["schema_version"] == 1
-    assert "Fix (safe, by findings.fix()):" in findings.save(tmp_path / "check.html").read_text("utf-8")
+    assert "Fix (safe, by findings.fix(); recalibrate is left to you):" in findings.save(
+        tmp_path / "check.html"
+    ).read_text("utf-8")
     state = batchnorm.check(model.state_dict(), select="BN001")
     assert not any(each.mendable for each in state)
 

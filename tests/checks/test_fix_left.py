@@ -163,7 +163,7 @@ def test_under_distributed_data_parallel(tmp_path: Path) -> None:
         assert changes.model is model
         assert [id(p) for p in wrapped.module.parameters()] == parameters
         assert (round(model.norm.momentum, 6), model.norm.running_mean.dtype) == (0.1, torch.bfloat16)
-        assert any("DistributedDataParallel holds its weight and bias" in note for note in changes.notes)
+        assert any("DistributedDataParallel holds its weight" in each.reason for each in changes.skipped)
         assert findings.fix().model.norm.weight.dtype == torch.float32  # a copy is not wrapped
         made = few(nn.BatchNorm2d)
         wrapped = nn.parallel.DistributedDataParallel(made.model)
@@ -180,14 +180,19 @@ def test_choosing() -> None:
     model[1].running_mean[0] = float("nan")
     findings = batchnorm.check(model, select=["BN001", "BN003", "BN004"])
     for chosen in (findings.fix("BN004"), findings.fix(ignore=["BN001", "BN003"]), findings.fix(["bn004"])):
-        assert [each.note for each in chosen.changed] == ["BN004: momentum is 0.1 now"]
+        assert [each.note for each in chosen.changed] == [
+            "BN004: momentum is 0.1 now; left to you: batchnorm.recalibrate(model, loader)"
+        ]
         assert (chosen.skipped, chosen.notes) == ((), ())
     assert findings.fix("BN001").changed == ()
     assert "BN001: batchnorm.recalibrate" in findings.fix("BN001").skipped[0].reason
     assert findings.fix("BN101").changed == ()
     both = findings.fix("BN00")
     assert "BN003" in both.changed[0].note
-    assert any(note.startswith("1: not mended by itself. BN001") for note in both.notes)
+    assert [each.name for each in both.skipped if each.reason.startswith("not mended by itself. BN001")] == [
+        "1"
+    ]
+    assert "fix: 1 changed, 1 skipped" in str(both)
     with pytest.raises(batchnorm.InputError, match="BN9"):
         findings.fix("BN9")
 
@@ -209,7 +214,7 @@ def test_a_model_that_has_changed_since() -> None:
     del model[1:]
     changes = findings.fix()
     assert changes.changed == ()
-    assert any(note.startswith("10: ") and "it is gone since the check" in note for note in changes.notes)
+    assert any(each.name == "10" and "it is gone since the check" in each.reason for each in changes.skipped)
 
 
 @pytest.mark.parametrize("case", ["BN003-torch", "BN004-torch", "BN010-torch", "BN015-torch", "BN016-torch"])
@@ -237,5 +242,30 @@ def test_a_layer_that_is_gone_is_told_without_a_place() -> None:
     findings = batchnorm.check(model, select="BN004")
     del model[1:]
     changes = findings.fix()
-    assert changes.notes[0] == "1: not mended by itself. BN004: it is gone since the check: check again"
-    assert str(changes).startswith("fix: 0 changed, 0 skipped")
+    assert [(each.name, each.reason) for each in changes.skipped] == [
+        ("1", "not mended by itself. BN004: it is gone since the check: check again")
+    ]
+    assert str(changes).startswith("fix: 0 changed, 1 skipped")
+
+
+def test_a_finding_of_the_whole_model_is_skipped() -> None:
+    class Mixed(nn.BatchNorm2d):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) - x.mean(0)
+
+    model = nn.Sequential(Mixed(4)).eval()
+    findings = batchnorm.check(model, batches=[torch.randn(8, 4, 5, 5)] * 2, select="BN102")
+    assert [each.module for each in findings] == [""]
+    changes = findings.fix()
+    assert [each.name for each in changes.skipped] == [""]
+    assert "(the model itself): not mended by itself. BN102: " in str(changes)
+
+
+def test_what_is_undone_says_so() -> None:
+    made = half_frozen(nn.BatchNorm2d)
+    changes = batchnorm.check(made.model, select="BN010").fix()
+    assert "BN010: statistics frozen, as weight and bias are" in str(changes)
+    assert "reverted" not in str(changes)
+    changes.revert()
+    assert str(changes).startswith("fix (reverted): ")
+    assert repr(changes).startswith("Changes(fix (reverted): ")

@@ -51,9 +51,9 @@ def test_what_fix_would_mend_is_told(run: Run) -> None:
     text = run("check", "nets:poisoned").stdout
     assert (
         "  fix   layer.momentum = 0.01, then batchnorm.recalibrate(model, loader)\n"
-        "        (safe, by findings.fix())\n"
+        "        (safe, by findings.fix(); recalibrate is left to you)\n"
     ) in text
-    assert text.count("(safe, by findings.fix())") == 1  # and not for BN001
+    assert text.count("(safe, by findings.fix(); recalibrate is left to you)") == 1  # and not for BN001
     assert "1 of 2 can be mended by batchnorm.check(...).fix() in Python: BN004\n" in text
     told = json.loads(run("check", "nets:poisoned", "--json", "-").stdout)
     assert [each["mendable"] for each in told["findings"]] == [False, True]
@@ -203,8 +203,8 @@ def test_github_annotations(run: Run, tmp_path: Path) -> None:
     assert lines[1] == (
         "::warning title=BN004 momentum in the other framework's convention::bn: momentum is 0.99: each batch "
         "replaces 99 %25 of the running statistics. Why: in PyTorch momentum is the weight of the new batch, "
-        "elsewhere that of the old average. Fix (safe, by findings.fix()): layer.momentum = 0.01, then "
-        "batchnorm.recalibrate(model, loader)"
+        "elsewhere that of the old average. Fix (safe, by findings.fix(); recalibrate is left to you): "
+        "layer.momentum = 0.01, then batchnorm.recalibrate(model, loader)"
     )
     assert len(lines) == 2
     assert "1 error, 1 warning" in result.stderr

@@ -32,7 +32,10 @@ def nets(tmp_path: Path) -> None:
         (["whole.pt"], "could run any code"),
         (["list.pt"], "MODEL list.pt: got a list without tensors"),
         (["empty.pt"], "MODEL empty.pt: got a dict without tensors"),
-        (["words.pt"], "MODEL words.pt: got a file that holds more than tensors"),
+        (["words.pt"], "MODEL words.pt: got no file of torch.save, expected"),
+        (["hello.pt"], "MODEL hello.pt: got no file of torch.save, expected"),
+        (["nothing.pt"], "MODEL nothing.pt: got an empty file, expected"),
+        (["many:nothere"], "It has: f0, f1, f2, f3, f4, f5, f6, f7 and 2 more."),
         (["scripted.pt"], "MODEL scripted.pt: got RuntimeError on reading it"),
         (["broken.safetensors"], "MODEL broken.safetensors: got"),
         (["net.pt", "--data", "nets:same"], "--data: got nets:same beside the checkpoint net.pt"),
@@ -85,6 +88,9 @@ def test_what_is_wrong_is_one_line_and_nothing_is_written(
     torch.save({}, tmp_path / "empty.pt")
     torch.save(nn.BatchNorm1d(2).state_dict(), tmp_path / "net.pt")
     (tmp_path / "words.pt").write_text("no weights")
+    (tmp_path / "hello.pt").write_text("hello world")
+    (tmp_path / "nothing.pt").touch()
+    (tmp_path / "many.py").write_text("".join(f"def f{number}(): ...\n" for number in range(10)))
     (tmp_path / "broken.safetensors").write_bytes(b"nothing")
     _scripted(tmp_path / "scripted.pt")
     before = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
@@ -104,7 +110,7 @@ def _scripted(path: Path) -> None:
         ("nets:flat", "check: batch 1 in train mode: got RuntimeError: Expected 3D"),
         ("nets:mixed", "got a dict of y, expected the arguments of the model's forward by name"),
         ("nets:nothing", "check: batches: got none"),
-        ("nets:number", "loader: got a int"),
+        ("nets:number", "batches: got a int"),
     ],
 )
 def test_batches_that_do_not_fit_are_one_line(run: Run, data: str, says: str) -> None:

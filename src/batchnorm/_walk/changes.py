@@ -123,6 +123,8 @@ class Changes:
           1: torch.nn.BatchNorm1d(8) -> Identity() (0 has a bias)
         >>> changes.revert()[1]
         BatchNorm1d(8, eps=1e-05, ...)
+        >>> changes
+        Changes(remove (reverted): 1 changed, 0 skipped)
     """
 
     model: Any = field(repr=False)  # a module, or what else `fold` was given
@@ -134,6 +136,7 @@ class Changes:
     _original: Any = field(default=None, repr=False)
     _edits: tuple[Edit, ...] = field(default=(), repr=False)
     _modes: tuple[tuple[nn.Module, nn.Module, bool], ...] = field(default=(), repr=False)
+    _reverted: bool = field(default=False, repr=False)
 
     def revert(self) -> Any:
         """Take the operation back and return the model (the copy, where the operation made one).
@@ -162,6 +165,7 @@ class Changes:
         if self._original is not None:
             self.model = self._original
         self._edits, self._modes = (), ()
+        self._reverted = not self.dry_run
         return self.model
 
     def _hand_modes_over(self) -> None:
@@ -215,8 +219,8 @@ class Changes:
         only = sum(change.only_class for change in self.changed)
         counts = [f"{len(self.changed) - only} changed"]
         counts += [f"{only} only given another class"] if only else []
-        dry = " (dry run, nothing was changed)" if self.dry_run else ""
-        return f"{self.operation or 'changes'}{dry}: {', '.join(counts)}, {len(self.skipped)} skipped"
+        state = " (dry run, nothing was changed)" if self.dry_run else " (reverted)" if self._reverted else ""
+        return f"{self.operation or 'changes'}{state}: {', '.join(counts)}, {len(self.skipped)} skipped"
 
     def __repr__(self) -> str:
         return f"Changes({self._headline()})"

@@ -14,7 +14,7 @@ from batchnorm._errors import DataError, message
 from batchnorm.checks._loaders import holds_pairs, last_size, replaced
 from batchnorm.checks._watching import Norms, Watch
 from batchnorm.checks.evidence import Fed, Run, Seen
-from batchnorm.stats._batches import Forward, call, check_loader, place_of, samples_in
+from batchnorm.stats._batches import Forward, call, check_loader, place_of, samples_in, taken_as_input
 from batchnorm.stats._still import Still, plainly
 
 __all__ = ["forwards", "observe"]
@@ -45,7 +45,7 @@ def observe(
         InputTypeError: `batches` is no iterable of batches.
         DataError: no batch, or one that the model does not take.
     """
-    check_loader(batches, "check", again=False)
+    check_loader(batches, "check", again=False, argument="batches")
     taken = list(itertools.islice(batches, most + 1))
     if not taken:
         raise DataError(message("check: batches", got="none", expected="at least one batch"))
@@ -142,7 +142,7 @@ class _Runs:
                     f"check: batch {index + 1} in {mode} mode",
                     got=f"{type(error).__name__}: {said if len(said) <= _SAID else said[:_SAID] + ' ...'}",
                     expected="a batch that the model takes",
-                    fix="If it is called another way: forward=lambda model, batch: model(...).",
+                    fix=("" if self.forward else taken_as_input(batch)) + _OTHERWISE,
                 )
             ) from error
         self._done += 1
@@ -211,6 +211,10 @@ class _Runs:
 
 
 _MODES: tuple[Mode, Mode] = ("eval", "train")
+_OTHERWISE = (
+    "If the model is called another way: a loader that gives what it takes, or, in Python, "
+    "forward=lambda model, batch: model(...)."
+)
 _SAID = 300  # characters of an error: PyTorch lists every signature of an operator where none fits
 # PyTorch's words and this package's.
 _ONE_VALUE = "more than 1 value per channel"

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from batchnorm._errors import InputError, InputTypeError, message
@@ -75,7 +76,8 @@ def check(
 
     Raises:
         InputTypeError: `model` is neither a module nor a state dict, `batches` no iterable of batches.
-        InputError: an unknown rule, or a state dict together with what needs a model.
+        InputError: an unknown rule, a state dict together with what needs a model, or an optimizer that holds none of
+            the model's parameters.
         DataError: no batches, or ones that the model does not take.
         ModelError: the model is scripted or sharded.
 
@@ -111,10 +113,8 @@ def check(
                 "check: averaged", got=type(averaged).__name__, expected="a module: the averaged model itself"
             )
         )
-    if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
-        raise InputTypeError(
-            message("check: optimizer", got=type(optimizer).__name__, expected="a torch.optim.Optimizer")
-        )
+    if optimizer is not None:
+        _refuse_stranger(optimizer, network)
     if world_size is None:
         world_size = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
     evidence = collect(
@@ -144,6 +144,23 @@ def check(
 def held(model: nn.Module) -> bool:
     """Whether DistributedDataParallel is around the network: it goes on reducing the parameters that it has seen."""
     return any(isinstance(each, DistributedDataParallel) for each in model.modules())
+
+
+def _refuse_stranger(optimizer: object, model: nn.Module) -> None:
+    """What is no optimizer, or that of another model: of its weight decay nothing would be found."""
+    kind = type(optimizer).__name__
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise InputTypeError(message("check: optimizer", got=kind, expected="a torch.optim.Optimizer"))
+    own = {id(parameter) for parameter in model.parameters()}
+    if not any(id(parameter) in own for group in optimizer.param_groups for parameter in group["params"]):
+        raise InputError(
+            message(
+                "check: optimizer",
+                got=f"one of class {kind} that holds none of this model's parameters",
+                expected="the optimizer that trains this model",
+                fix=f"Make it of the model that is checked: {kind}(model.parameters(), ...).",
+            )
+        )
 
 
 def _refuse_checkpoint(state: Mapping[str, Any]) -> None:
@@ -185,10 +202,7 @@ def judged(
         found += _joined(list(rule.find(evidence)))
     notes = []
     if not evidence.layers:
-        what = (
-            "batch norm with running statistics" if evidence.from_state else "batch norm that knows its shape"
-        )
-        notes.append(f"there is no {what} in it")
+        notes.append(f"there is no {_sought(evidence, model)} in it")
     if evidence.run.no_backward:
         notes.append(f"a backward pass could not be run: {evidence.run.no_backward}")
     if evidence.untraced:
@@ -204,6 +218,14 @@ def judged(
         if model is None
         else lambda some, inplace: repair(model, some, layers, inplace=inplace, parameters=not held),
     )
+
+
+def _sought(evidence: Evidence, model: nn.Module | None) -> str:
+    """What there is none of."""
+    if evidence.from_state:
+        return "batch norm with running statistics"
+    lazy = model is None or any(isinstance(each, _BatchNorm) for each in model.modules())
+    return "batch norm that knows its shape" if lazy else "batch norm"
 
 
 def _joined(findings: Sequence[Finding]) -> list[Finding]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from batchnorm._walk import Changes, Plan, prepared, walk
+from batchnorm._walk import Changes, Plan, Spot, prepared, walk
 from batchnorm.checks._mends import MENDS, Left, Wish
 from batchnorm.checks.finding import Finding, worst_first
 from batchnorm.nn.families import FAMILIES
@@ -55,11 +55,8 @@ def repair(
         _carry_out(plan, spots[name].module, wishes[name], made)
         plan.alter(spots[name], note="; ".join(texts))
     for name, texts in left.items():
-        reason = f"not mended by itself. {'; '.join(texts)}"
-        if name in spots and name not in done:
-            plan.skip(spots[name], reason)
-        else:
-            plan.note(f"{name or 'model'}: {reason}")
+        spot = spots.get(name) or Spot(model, (name,), ())  # one that is gone since the check
+        plan.skip(spot, f"not mended by itself. {'; '.join(texts)}")
     return plan.apply()
 
 

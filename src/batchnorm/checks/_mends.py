@@ -76,7 +76,7 @@ def _momentum(wish: Wish, evidence: Mapping[str, Any]) -> str | Left:
     if momentum >= wish.module.momentum:
         return Left("1 − 0.5 is the same")
     wish.momentum = momentum
-    return f"momentum is {momentum:g} now"
+    return f"momentum is {momentum:g} now; left to you: batchnorm.recalibrate(model, loader)"
 
 
 def _frozen(wish: Wish, evidence: Mapping[str, Any]) -> str | Left:
@@ -87,7 +87,7 @@ def _frozen(wish: Wish, evidence: Mapping[str, Any]) -> str | Left:
         if parameter is not None and parameter.requires_grad:
             return Left("its weight or bias is trained by now")
     wish.frozen = True
-    return "statistics frozen, too"
+    return "statistics frozen, as weight and bias are"
 
 
 def _average(wish: Wish, evidence: Mapping[str, Any]) -> str | Left:

@@ -7,7 +7,7 @@ from batchnorm._errors import ModelError, message
 from batchnorm._walk import Changes
 from batchnorm.checks.finding import SEVERITIES, Finding, Severity, worst_first
 from batchnorm.checks.rule import chosen, rule_named
-from batchnorm.checks.telling import document_of
+from batchnorm.checks.telling import document_of, told, unseen
 from batchnorm.report import Document, Reported
 
 __all__ = ["Findings"]
@@ -28,6 +28,8 @@ class Findings(Reported):
         >>> findings = batchnorm.check(torch.nn.BatchNorm1d(4, momentum=0.9), select=["BN001", "BN004"])
         >>> print(findings)
         model: BN004 warning: momentum is 0.9: each batch replaces 90 % of the running statistics
+          why: in PyTorch momentum is the weight of the new batch, elsewhere that of the old average
+          fix (safe, by findings.fix(); recalibrate is left to you): layer.momentum = 0.1, then ...
         1 warning: 1 batch norm looked at by 2 rules
         >>> len(findings), findings.at_least("error")
         (1, ())
@@ -74,8 +76,9 @@ class Findings(Reported):
         return f"Findings({self.summary})"
 
     def __str__(self) -> str:
-        """A line for each finding, and a line that counts them."""
-        return "\n".join([*map(str, self.findings), self.summary])
+        """Each finding with why and its fix, a line that counts them, and what was not looked at."""
+        said = [*map(told, self.findings), self.summary, *(f"note: {note}" for note in self.notes)]
+        return "\n".join([*said, *unseen(self.not_run)])
 
     @property
     def summary(self) -> str:
@@ -114,7 +117,7 @@ class Findings(Reported):
                 (DistributedDataParallel, torch.compile) it is the network inside.
 
         Returns:
-            Changes: `changed` says what was done in each layer, by rule; `skipped` and `notes` what was not, and why, a
+            Changes: `changed` says what was done in each layer, by rule; `skipped` what was not, and why, a
                 layer that has been taken out or replaced since the check among them. `revert()` takes all of it back.
 
         Raises:
@@ -126,8 +129,10 @@ class Findings(Reported):
             >>> import torch, batchnorm
             >>> net = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.BatchNorm1d(8, momentum=0.99))
             >>> changes = batchnorm.check(net).fix("BN004")
-            >>> changes.changed[0].after, changes.changed[0].note
-            ('torch.nn.BatchNorm1d(8, momentum=0.01)', 'BN004: momentum is 0.01 now')
+            >>> changes.changed[0].after
+            'torch.nn.BatchNorm1d(8, momentum=0.01)'
+            >>> changes.changed[0].note
+            'BN004: momentum is 0.01 now; left to you: batchnorm.recalibrate(model, loader)'
         """
         rules = chosen(select, ignore)
         if self._repair is None:

@@ -1,13 +1,25 @@
 """Findings as a report, and rules as data."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from batchnorm.checks._words import count
 from batchnorm.checks.finding import SEVERITIES, Finding, Severity
 from batchnorm.checks.rule import Need, Rule, all_rules, rule_named
 from batchnorm.report import Block, Document, Paragraph, Section, Table, Tone, Verdict
 
-__all__ = ["document_of", "fix_label", "needs", "places", "rule_as_dict", "rules_as_dicts", "told"]
+__all__ = [
+    "document_of",
+    "fix_label",
+    "needs",
+    "places",
+    "rule_as_dict",
+    "rules_as_dicts",
+    "safe",
+    "told",
+    "unseen",
+]
 
 _TITLES: dict[Severity, str] = {
     "error": "Errors: results are wrong",
@@ -61,7 +73,20 @@ def told(finding: Finding) -> str:
 
 def fix_label(finding: Finding) -> str:
     """What stands before its fix: also whether `Findings.fix` does it."""
-    return "fix (safe, by findings.fix())" if finding.mendable else "fix"
+    return f"fix ({safe(finding)})" if finding.mendable else "fix"
+
+
+def safe(finding: Finding) -> str:
+    """Of one that `Findings.fix` mends: so, and what it does not do of the fix, for want of data."""
+    rest = "; recalibrate is left to you" if "recalibrate(" in finding.fix else ""
+    return f"safe, by findings.fix(){rest}"
+
+
+def unseen(not_run: Mapping[str, str]) -> list[str]:
+    """A line on how many rules lacked what, if any did."""
+    counts = Counter(not_run.values())
+    said = "; ".join(f"{count(number, 'rule')} without {why}" for why, number in counts.most_common())
+    return [f"not looked at: {said}"] if said else []
 
 
 def document_of(

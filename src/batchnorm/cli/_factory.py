@@ -193,7 +193,8 @@ def _suggest(module: object) -> str:
         and not name.startswith("_")
         and getattr(value, "__module__", None) == module.__name__  # type: ignore[attr-defined]
     ]
-    return f"It has: {', '.join(sorted(own)[:8])}." if own else ""
+    more = f" and {len(own) - 8} more" if len(own) > 8 else ""
+    return f"It has: {', '.join(sorted(own)[:8])}{more}." if own else ""
 
 
 def _kind(value: object) -> str:

@@ -10,7 +10,7 @@ from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderR
 from rich.text import Text
 
 from batchnorm.checks.rule import rule_named
-from batchnorm.checks.telling import fix_label, places
+from batchnorm.checks.telling import fix_label, places, safe
 
 if TYPE_CHECKING:
     from batchnorm.checks import Finding, Findings
@@ -73,12 +73,9 @@ def _finding(finding: "Finding") -> _Lines:
         ("seen", finding.message, ""),
         ("why", finding.cause, ""),
         ("fix", finding.fix, "green"),
-        *((("", _SAFE, "dim"),) if finding.mendable else ()),
+        *((("", f"({safe(finding)})", "dim"),) if finding.mendable else ()),
         indent=8,
     )
-
-
-_SAFE = "(safe, by findings.fix())"
 
 
 def _mended(findings: "Findings") -> str:

@@ -121,7 +121,7 @@ def _loaded(path: Path, option: str, fix: str) -> Any:
         raise DataError(
             message(
                 f"{option} {path}",
-                got="a file that holds more than tensors, which could run any code, or none of torch.save",
+                got=_foreign(path) or "a file that holds more than tensors, which could run any code",
                 expected="a state dict saved by torch.save, or .safetensors",
                 fix=fix,
             )
@@ -131,10 +131,21 @@ def _loaded(path: Path, option: str, fix: str) -> Any:
         raise DataError(
             message(
                 f"{option} {path}",
-                got=f"{type(error).__name__} on reading it ({text})",
+                got=_foreign(path) or f"{type(error).__name__} on reading it ({text})",
                 expected="a state dict saved by torch.save, or .safetensors",
             )
         ) from error
+
+
+def _foreign(path: Path) -> str:
+    """What a file is that is none of its format by its first bytes; "" if these are right."""
+    with path.open("rb") as file:
+        start = file.read(2)
+    if not start:
+        return "an empty file"
+    # torch.save writes a zip archive, and before PyTorch 1.6 a pickle of protocol 2 or later.
+    known = _is_safetensors(path) or start == b"PK" or start[:1] == b"\x80"
+    return "" if known else "no file of torch.save"
 
 
 def _unwrapped(state: dict[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:

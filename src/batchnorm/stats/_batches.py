@@ -10,13 +10,15 @@ from torch import Tensor, nn
 
 from batchnorm._errors import DataError, InputTypeError, message
 
-__all__ = ["Forward", "call", "check_loader", "place_of", "samples_in"]
+__all__ = ["Forward", "call", "check_loader", "place_of", "samples_in", "taken_as_input"]
 
 Forward = Callable[[nn.Module, Any], object]
 
 
-def check_loader(loader: object, operation: str, again: bool) -> None:
+def check_loader(loader: object, operation: str, again: bool, argument: str = "loader") -> None:
     """Refuse what no batches can be taken from; with `again`, also what gives them only once.
+
+    `argument` is what the operation calls it.
 
     Raises:
         InputTypeError: no iterable of batches.
@@ -25,21 +27,38 @@ def check_loader(loader: object, operation: str, again: bool) -> None:
     if isinstance(loader, Tensor | str | bytes | Mapping) or not isinstance(loader, Iterable):
         raise InputTypeError(
             message(
-                f"{operation}: loader",
+                f"{operation}: {argument}",
                 got=f"a {type(loader).__name__}",
                 expected="something that gives batches, as a DataLoader or a list of tensors does",
-                fix="Put the one batch into a list: [batch]." if isinstance(loader, Tensor | Mapping) else "",
+                fix=_instead(loader, argument),
             )
         )
     if again and iter(loader) is loader:
         raise DataError(
             message(
-                f"{operation}: loader",
+                f"{operation}: {argument}",
                 got=f"a {type(loader).__name__}, which gives its batches only once",
                 expected="something that can be gone through several times",
                 fix="Give the DataLoader itself, a list, or mode='joint', which needs one pass.",
             )
         )
+
+
+def _instead(loader: object, argument: str) -> str:
+    if isinstance(loader, Tensor | Mapping):
+        return "Put the one batch into a list: [batch]."
+    return f"Give what it returns: {argument}={loader.__name__}()." if inspect.isfunction(loader) else ""
+
+
+def taken_as_input(batch: Any) -> str:
+    """Which part of a tuple or list `call` gives the model, in a sentence; "" of other batches."""
+    if not isinstance(batch, tuple | list) or not batch:
+        return ""
+    first = batch[0]
+    what = f"a {type(first).__name__}"
+    if isinstance(first, Tensor):
+        what = f"{str(first.dtype).removeprefix('torch.')} of shape {tuple(first.shape)}"
+    return f"The first of {len(batch)} elements was taken as the input: {what}. "
 
 
 def place_of(model: nn.Module) -> torch.device | None:
