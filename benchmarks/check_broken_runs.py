@@ -328,6 +328,31 @@ def sorted_digits() -> Broken:
 
 
 @broken
+def sorted_pooled() -> Broken:
+    """two convolutions and a mean over positions, digits sorted by class, the first batches of shuffle=False"""
+    x, y = digits()
+    order = y.argsort(stable=True)
+    batches = loader((x[order], y[order]), shuffle=False)
+    layers: list[nn.Module] = []
+    for width, wider in ((1, 16), (16, 32)):
+        layers += [nn.Conv2d(width, wider, 3, padding=1), nn.BatchNorm2d(wider), nn.ReLU()]
+    model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10))
+    fit(model, batches, 112)
+    return Broken(model, {"BN107": None}, {"batches": batches}, follows=("BN101",))
+
+
+@broken
+def sorted_volumes() -> Broken:
+    """3-d conv net on volumes sorted by class, shuffle=False"""
+    x, y = volumes()
+    order = y.argsort(stable=True)
+    batches = loader((x[order], y[order]), 16, shuffle=False)
+    model = Volumes()
+    fit(model, batches, 60)
+    return Broken(model, {"BN107": None}, {"batches": batches}, follows=("BN101",))
+
+
+@broken
 def sorted_table() -> Broken:
     """MLP on scikit-learn's wines, which its file sorts by class, shuffle=False"""
     data = table("wine")

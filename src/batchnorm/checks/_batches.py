@@ -2,7 +2,8 @@
 
 import itertools
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -11,9 +12,12 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.utils._pytree import tree_leaves
 
 from batchnorm._errors import DataError, message
+from batchnorm.checks._cells import cells, shape_of
+from batchnorm.checks._host import on_host
+from batchnorm.checks._labels import labels_of
 from batchnorm.checks._loaders import holds_pairs, last_size, replaced
 from batchnorm.checks._watching import Norms, Watch
-from batchnorm.checks.evidence import Fed, Run, Seen
+from batchnorm.checks.evidence import Call, Fed, Run, Seen
 from batchnorm.stats._batches import Forward, call, check_loader, place_of, samples_in, taken_as_input
 from batchnorm.stats._still import Still, plainly
 
@@ -81,6 +85,8 @@ def observe(
         gap=tuple(value for value in gaps if value is not None),
         pairs=_mostly(holds_pairs(model, batch, forward is not None) for batch in taken),
         no_backward=runs.no_backward,
+        inputs=_comparable(runs.inputs),
+        labels=labels_of(batches, taken),
     )
 
 
@@ -98,6 +104,7 @@ class _Runs:
     ) -> None:
         self.model, self.watch, self.still, self.forward, self.device = model, watch, still, forward, device
         self.refused: set[int] = set()  # batches
+        self.inputs: list[tuple[tuple[int, ...], Call]] = []  # by batch, with the shape of a sample
         self.output: tuple[int, ...] = ()
         self.output_dtype: torch.dtype | None = None
         self.no_backward = ""
@@ -107,8 +114,18 @@ class _Runs:
         for handle in watch.hang():
             still.keep(handle)
         # Before the hooks of layers, one of which may be the model itself.
-        still.keep(model.register_forward_pre_hook(watch.note_inputs, prepend=True, with_kwargs=True))
+        still.keep(model.register_forward_pre_hook(self._note_input, prepend=True, with_kwargs=True))
         still.keep(model.register_forward_hook(self._note_output))
+
+    def _note_input(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """A forward pre-hook of the model: what it is given, and of its first call for a batch the moments."""
+        self.watch.note_inputs(module, args, kwargs)
+        index = self.watch.batch
+        if self.watch.mode != "eval" or any(call.batch == index for _, call in self.inputs):
+            return
+        # Views or frames that are laid out as samples are not independent.
+        if (call := cells(args, kwargs)) is not None and call.samples == self.watch.samples:
+            self.inputs.append((shape_of(args, kwargs), replace(call, batch=index)))
 
     def _note_output(self, module: nn.Module, args: Any, output: Any) -> None:
         """A forward hook of the model: its first floating-point output with a sample a row."""
@@ -218,6 +235,17 @@ _OTHERWISE = (
 _SAID = 300  # characters of an error: PyTorch lists every signature of an operator where none fits
 # PyTorch's words and this package's.
 _ONE_VALUE = "more than 1 value per channel"
+
+
+def _comparable(inputs: Sequence[tuple[tuple[int, ...], Call]]) -> tuple[Call, ...]:
+    """Those of one shape, the first one's, on the CPU."""
+    calls = [
+        call for shape, call in inputs if shape == inputs[0][0] and call.mean.shape == inputs[0][1].mean.shape
+    ]
+    numbers = iter(on_host([part for call in calls for part in (call.mean, call.var, call.between)]))
+    return tuple(
+        replace(call, mean=next(numbers), var=next(numbers), between=next(numbers)) for call in calls
+    )
 
 
 def _mostly(said: Iterable[bool]) -> bool:

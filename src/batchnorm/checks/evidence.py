@@ -123,8 +123,11 @@ class Run:
     gap: tuple[float, ...] = ()
     pairs: bool = False  # most batches hold two views of the same samples, both of which the model gets
     no_backward: str = ""  # why the backward pass could not be run
-    # The model's own input in batches of a training, cell by cell: no weight moves between two of them.
+    # The model's own input, cell by cell: in a training, no weight moves between two batches of it.
     inputs: tuple[Call, ...] = ()
+    # Counts (batches, classes) of the labels beside the input, of more batches than were run where a loader's order
+    # tells them.
+    labels: Tensor | None = None
 
 
 @dataclass(frozen=True)

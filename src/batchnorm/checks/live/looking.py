@@ -7,22 +7,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
-from batchnorm import ops
+from batchnorm.checks._cells import cells, samples_of
 from batchnorm.checks._host import on_host
 from batchnorm.checks._state import layers_of_model, norms_of
 from batchnorm.checks._watching import Watch
 from batchnorm.checks.evidence import Call, Layer, Seen
-from batchnorm.stats._batches import samples_in
 
 __all__ = ["Look", "Looking", "cells"]
 
-# Of the model's input: pictures are cut into so many cells a side, and of other input so many features are taken.
-_CELLS = 8
-_FEATURES = 1024
 # Of a step: one that does not end would keep what every forward brings.
 _FORWARDS = 64
 
@@ -67,7 +62,7 @@ class Looking:
         """The model is called in training mode."""
         if not self._watch.norms or self.full:
             return
-        self._watch.samples = _samples(args, kwargs)
+        self._watch.samples = samples_of(args, kwargs)
         self._watch.note_inputs(self._model, args, kwargs)
         self._before = self._counters()
         self._watch.mode, self._watch.thread = "train", threading.get_ident()
@@ -136,27 +131,3 @@ class Looking:
 
 
 _Counted = tuple[dict[str, Tensor], dict[str, Tensor]]  # num_batches_tracked before and after
-
-
-def _samples(args: Any, kwargs: Any) -> int:
-    size = samples_in(args)
-    return (samples_in(kwargs) if size is None else size) or 0
-
-
-def cells(args: Any, kwargs: Any) -> Call | None:
-    """The moments of the model's first floating-point input over the samples, in every cell or feature of it.
-
-    They stay on their device.
-    """
-    samples = _samples(args, kwargs)
-    leaves = (each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor))
-    x = next((each.detach() for each in leaves if each.is_floating_point() and each.dim() > 1), None)
-    if x is None or samples < 2 or x.shape[0] != samples or not x.numel():
-        return None
-    if x.dim() == 4:
-        x = F.adaptive_avg_pool2d(x, (min(_CELLS, x.shape[2]), min(_CELLS, x.shape[3])))
-    x = x.flatten(1)
-    x = x[:, :: -(-x.shape[1] // _FEATURES)].to(torch.float32 if x.device.type == "mps" else torch.float64)
-    mean, m2, _ = ops.moments(x)
-    var = m2[0] / samples
-    return Call(0, 0, samples, 1, mean[0], var, var * samples / (samples - 1))
