@@ -202,7 +202,7 @@ def judged(
         found += _joined(list(rule.find(evidence)))
     notes = []
     if not evidence.layers:
-        notes.append(f"there is no {_sought(evidence, model)} in it")
+        notes.append(none_in(model, from_state=evidence.from_state))
     if evidence.run.no_backward:
         notes.append(f"a backward pass could not be run: {evidence.run.no_backward}")
     if evidence.untraced:
@@ -220,12 +220,12 @@ def judged(
     )
 
 
-def _sought(evidence: Evidence, model: nn.Module | None) -> str:
-    """What there is none of."""
-    if evidence.from_state:
-        return "batch norm with running statistics"
+def none_in(model: nn.Module | None, *, from_state: bool = False) -> str:
+    """The note of a model or a state dict without a batch norm."""
+    if from_state:
+        return "there is no batch norm with running statistics in it"
     lazy = model is None or any(isinstance(each, _BatchNorm) for each in model.modules())
-    return "batch norm that knows its shape" if lazy else "batch norm"
+    return f"there is no batch norm {'that knows its shape ' if lazy else ''}in it"
 
 
 def _joined(findings: Sequence[Finding]) -> list[Finding]:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from batchnorm._walk import Changes
-from batchnorm.checks._check import judged
+from batchnorm.checks._check import judged, none_in
 from batchnorm.checks._collect import decay_of, steps_of
 from batchnorm.checks._fix import known, marked, repair
 from batchnorm.checks._host import on_host
@@ -127,7 +127,7 @@ class Judge:
             if each.gone
         ]
         if latest is None and not norms_of(self._model):
-            notes.append("there is no batch norm that knows its shape in it")
+            notes.append(none_in(self._model))
         notes += more
         if self._unheard:
             notes.append(

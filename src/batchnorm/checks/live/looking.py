@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
-from batchnorm.checks._cells import cells, samples_of
+from batchnorm.checks._cells import samples_of
 from batchnorm.checks._host import on_host
 from batchnorm.checks._state import layers_of_model, norms_of
 from batchnorm.checks._watching import Watch
 from batchnorm.checks.evidence import Call, Layer, Seen
 
-__all__ = ["Look", "Looking", "cells"]
+__all__ = ["Look", "Looking"]
 
 # Of a step: one that does not end would keep what every forward brings.
 _FORWARDS = 64

@@ -13,12 +13,13 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from batchnorm import ops
+from batchnorm.checks._cells import cells
 from batchnorm.checks._ear import Ear
 from batchnorm.checks._state import layers_of_model
 from batchnorm.checks.finding import Finding
 from batchnorm.checks.findings import Findings
 from batchnorm.checks.live.judging import Judge
-from batchnorm.checks.live.looking import Look, Looking, cells
+from batchnorm.checks.live.looking import Look, Looking
 from batchnorm.checks.live.numbers import numbers_of
 from batchnorm.checks.live.pace import Pace
 from batchnorm.checks.live.table import LiveTable
