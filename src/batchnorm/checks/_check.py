@@ -20,7 +20,7 @@ from batchnorm.checks.rule import Need, Rule, chosen
 from batchnorm.stats._batches import Forward
 from batchnorm.stats._targets import bare
 
-__all__ = ["check", "held", "judged"]
+__all__ = ["check", "held", "judged", "none_in"]
 
 # What only these rules need and what takes time of its own.
 _PROBES = {"BN109": "timing", "BN112": "self-test"}
