@@ -120,10 +120,9 @@ class Judge:
     def findings(self, more: Sequence[str] = ()) -> Findings:
         """All that has been told, those that have gone among them, of which the notes say so. `more` notes."""
         latest = self._latest
+        notes = [] if latest is None else list(latest.notes)
         if not norms_of(self._model):
             notes = [none_in(self._model)]
-        else:
-            notes = [] if latest is None else list(latest.notes)
         notes += [
             f"{each.finding.code} at {each.finding.module or 'the model'} was last seen at step {each.last:,}"
             for each in self.told
