@@ -126,7 +126,7 @@ template <class T>
 constexpr int64_t ahead = 4096 / sizeof(T);
 
 // Rows of lanes that share the loading of their coefficients, of which there are more than elements. (Backward's second pass
-// over 1.6 MB with ReLU, one thread: 58 GB/s one row at a time, 75 with two.)
+// over 1.6 MB with ReLU, one thread: 58 GB/s one row at a time, 67 with two.)
 constexpr int rows_at_once = 2;
 
 // Hands `op` the contiguous elements [first, last) in mini-blocks, with op.begin and op.end around each, and each in runs
