@@ -5,14 +5,13 @@ from collections.abc import Sequence
 from itertools import groupby
 from typing import Any
 
-from batchnorm._files import Interrupts
 from batchnorm.bench import process
 from batchnorm.bench.asking import ask_machine
 from batchnorm.bench.case import MEMORY, Case
 from batchnorm.bench.hosting import host_case
 from batchnorm.bench.plan import DEFAULT_SUITES, LAYOUTS, Settings, cases, checked
 from batchnorm.bench.process import WorkerError
-from batchnorm.bench.progress import Progress, Silent
+from batchnorm.bench.progress import Progress, Silent, carried_out
 from batchnorm.bench.record import OURS, Record
 from batchnorm.bench.result import Benchmark
 
@@ -93,19 +92,10 @@ def measure(
     settings = checked(
         suites, layouts, dtypes, device, against, epilogues, batch, threads, rounds, memory, backend
     )
-    work, shown, interrupted = _Work(settings), progress or Silent(), False
-    with Interrupts() as interrupts:
-        try:
-            _run(work, shown)
-            interrupts.hold()
-        except KeyboardInterrupt:
-            interrupts.hold()
-            interrupted = True
-            if not work.records:
-                raise
-        finally:
-            shown.finish()
-        return _result(work, interrupted or bool(interrupts.pressed))
+    work, shown = _Work(settings), progress or Silent()
+    return carried_out(
+        lambda: _run(work, shown), shown, lambda: bool(work.records), lambda stopped: _result(work, stopped)
+    )
 
 
 def _run(work: _Work, progress: Progress) -> None:

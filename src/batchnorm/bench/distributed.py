@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from batchnorm._errors import InputError, message
-from batchnorm._files import Interrupts
 from batchnorm.bench import process
 from batchnorm.bench.case import Case
 from batchnorm.bench.plan import LAYOUTS, Settings, cases, checked
 from batchnorm.bench.process import WorkerError
-from batchnorm.bench.progress import Progress, Silent
+from batchnorm.bench.progress import Progress, Silent, carried_out
 from batchnorm.bench.record import Record
 from batchnorm.bench.synchronization import Exchange, Synchronization, took
 
@@ -79,26 +78,19 @@ def measure_distributed(
     if processes < 2:
         raise InputError(message("processes", got=processes, expected="at least 2"))
     settings = replace(settings, batch=settings.batch or _BATCH)
-    work, shown, interrupted = _Work(settings, processes), progress or Silent(), False
-    with Interrupts() as interrupts:
-        try:
-            _run(work, shown)
-            interrupts.hold()
-        except KeyboardInterrupt:
-            interrupts.hold()
-            interrupted = True
-            if not work.found:
-                raise
-        finally:
-            shown.finish()
+    work, shown = _Work(settings, processes), progress or Silent()
+
+    def result(interrupted: bool) -> Synchronization:
         return Synchronization(
             settings=settings,
             processes=processes,
             machine=work.machine,
             exchanges=tuple(work.found),
             planned=len(work.planned),
-            interrupted=interrupted or bool(interrupts.pressed),
+            interrupted=interrupted,
         )
+
+    return carried_out(lambda: _run(work, shown), shown, lambda: bool(work.found), result)
 
 
 class _Work:

@@ -4,14 +4,13 @@ from collections.abc import Sequence
 from itertools import product
 from typing import Any
 
-from batchnorm._files import Interrupts
 from batchnorm.bench import process
 from batchnorm.bench.asking import ask_machine
 from batchnorm.bench.case import SIZES, Case
 from batchnorm.bench.host_times import HostTimes
 from batchnorm.bench.plan import LAYOUTS, Settings, check_common, known
 from batchnorm.bench.process import WorkerError
-from batchnorm.bench.progress import Progress, Silent
+from batchnorm.bench.progress import Progress, Silent, carried_out
 from batchnorm.bench.record import OURS, Record
 from batchnorm.bench.suites import EPILOGUES
 from batchnorm.bench.wording import seconds
@@ -72,25 +71,18 @@ def measure_host(
         rounds=rounds,
         backend=check_common(device, None, threads, rounds, backend),
     )
-    work, shown, interrupted = _Work(settings), progress or Silent(), False
-    with Interrupts() as interrupts:
-        try:
-            _run(work, shown)
-            interrupts.hold()
-        except KeyboardInterrupt:
-            interrupts.hold()
-            interrupted = True
-            if not work.records:
-                raise
-        finally:
-            shown.finish()
+    work, shown = _Work(settings), progress or Silent()
+
+    def result(interrupted: bool) -> HostTimes:
         return HostTimes(
             settings=settings,
             machine=work.machine,
             records=tuple(work.records),
             planned=len(work.planned),
-            interrupted=interrupted or bool(interrupts.pressed),
+            interrupted=interrupted,
         )
+
+    return carried_out(lambda: _run(work, shown), shown, lambda: bool(work.records), result)
 
 
 def host_case(layout: str, dtype: str, epilogue: str, device: str, backend: str | None) -> Case:

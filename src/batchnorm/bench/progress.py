@@ -1,8 +1,13 @@
 """How a running benchmark tells what it is doing."""
 
-from typing import Protocol
+from collections.abc import Callable
+from typing import Protocol, TypeVar
 
-__all__ = ["Progress", "Silent"]
+from batchnorm._files import Interrupts
+
+__all__ = ["Progress", "Silent", "carried_out"]
+
+Result = TypeVar("Result")
 
 
 class Progress(Protocol):
@@ -35,3 +40,26 @@ class Silent:
 
     def finish(self) -> None:
         """Show nothing."""
+
+
+def carried_out(
+    run: Callable[[], None], shown: Progress, some: Callable[[], bool], result: Callable[[bool], Result]
+) -> Result:
+    """What `result` makes of a measurement, told whether it was stopped.
+
+    Raises:
+        KeyboardInterrupt: stopped when there was not `some` of it yet.
+    """
+    interrupted = False
+    with Interrupts() as interrupts:
+        try:
+            run()
+            interrupts.hold()
+        except KeyboardInterrupt:
+            interrupts.hold()
+            interrupted = True
+            if not some():
+                raise
+        finally:
+            shown.finish()
+        return result(interrupted or bool(interrupts.pressed))

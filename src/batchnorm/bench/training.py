@@ -5,12 +5,11 @@ from itertools import product
 from typing import Any
 
 from batchnorm._errors import InputError, message
-from batchnorm._files import Interrupts
 from batchnorm.bench import process
 from batchnorm.bench.asking import ask_machine
 from batchnorm.bench.plan import LAYOUTS, check_common, known
 from batchnorm.bench.process import WorkerError
-from batchnorm.bench.progress import Progress, Silent
+from batchnorm.bench.progress import Progress, Silent, carried_out
 from batchnorm.bench.record import GRAPH, LAUNCHED
 from batchnorm.bench.training_steps import StepCase, StepRecord, StepSettings, TrainingSteps
 from batchnorm.bench.wording import seconds
@@ -81,25 +80,20 @@ def measure_steps(
         rounds=rounds,
         backend=backend,
     )
-    work, shown, interrupted = _Work(settings), progress or Silent(), False
-    with Interrupts() as interrupts:
-        try:
-            _run(work, shown)
-            interrupts.hold()
-        except KeyboardInterrupt:
-            interrupts.hold()
-            interrupted = True
-            if not any(record.rounds for record in work.records):
-                raise
-        finally:
-            shown.finish()
+    work, shown = _Work(settings), progress or Silent()
+
+    def result(interrupted: bool) -> TrainingSteps:
         return TrainingSteps(
             settings=settings,
             machine=work.machine,
             records=tuple(record for record in work.records if record.rounds or record.failure),
             planned=len(work.planned),
-            interrupted=interrupted or bool(interrupts.pressed),
+            interrupted=interrupted,
         )
+
+    return carried_out(
+        lambda: _run(work, shown), shown, lambda: any(record.rounds for record in work.records), result
+    )
 
 
 class _Work:
